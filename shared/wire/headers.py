@@ -1,0 +1,18 @@
+"""HTTP header names, defined once (S2-23, S1-H1, S1-G03, D5, D15)."""
+
+from typing import Final
+
+REQUEST_ID: Final = "X-Request-ID"  # the client's label, echoed (S1-H1); on the upstream side <rid>.<call>
+TIMEOUT_MS: Final = "X-Timeout-Ms"  # S1-G03, clamped
+DONE_PAYLOAD: Final = "X-BR-Done-Payload"  # D5: inline (default) | append | comment
+
+BR_REQUEST_ID: Final = "X-BR-Request-Id"  # our own id: of the money, the frames and `hotpath trace`
+BR_GUARDIAN_STATUS: Final = "X-BR-Guardian-Status"  # on | degraded
+BR_ESTIMATED_COST: Final = "X-BR-Estimated-Cost"  # $0.03 (D12)
+BR_ACTUAL_COST: Final = "X-BR-Actual-Cost"  # whole answers only (D11)
+BR_GUARDIAN_OVERHEAD: Final = "X-BR-Guardian-Overhead-Ms"
+BR_ENDPOINT: Final = "X-BR-Endpoint"  # S2-34: which endpoint answered
+BR_CALLS: Final = "X-BR-Calls"  # how many upstream calls it took
+
+RETRY_AFTER: Final = "Retry-After"  # whole seconds, at least 1 (D15)
+RETRY_AFTER_MS: Final = "retry-after-ms"  # the exact wait (D15)

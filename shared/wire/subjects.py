@@ -1,0 +1,54 @@
+"""Every NATS subject and queue group, defined once (DESIGN 3; loadgen's allow-list names the same subjects).
+
+A subject is built here from a role and an instance id that *we* made (lower-case letters and digits); a client's
+string never becomes part of one. Nothing outside this file may spell a subject: `tests/test_floors.py` looks.
+"""
+
+import re
+from typing import Final
+
+PREFIX: Final = "hotpath.v1"
+
+#: Direct publishers (NATS user `loadgen`) hand requests in here; guardians share it as one queue group.
+ADMIT: Final = f"{PREFIX}.admit"
+ADMIT_GROUP: Final = "guardian"
+
+#: How provider calls ended, batched; one routing worker of the group records each batch.
+OUTCOME: Final = f"{PREFIX}.outcome"
+OUTCOME_GROUP: Final = "routing"
+
+#: Something every process keeps a copy of has changed; the copy is also polled, since a notice may be lost.
+NOTICE_REGISTRY: Final = f"{PREFIX}.notice.registry"
+NOTICE_CIRCUIT: Final = f"{PREFIX}.notice.circuit"
+
+#: What a published subject must look like (DESIGN 3: one space delivers elsewhere, CRLF publishes a second message).
+SUBJECT: Final = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\Z")
+#: What a subscription may look like: the same, and `*` or a last `>` as whole tokens.
+PATTERN: Final = re.compile(r"([A-Za-z0-9_-]+|\*)(\.([A-Za-z0-9_-]+|\*))*(\.>)?\Z")
+#: One token: a role or an instance id.
+TOKEN: Final = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
+
+
+def worker(role: str, instance: str) -> str:
+    """The subject one live instance of `role` (guardian, routing, provider) takes its requests from."""
+    return f"{PREFIX}.{role}.{instance}"
+
+
+def reply(role: str, instance: str) -> str:
+    """Where frames for the asker go; `role` is `ingress` or `loadgen`."""
+    return f"{PREFIX}.reply.{role}.{instance}"
+
+
+def control(instance: str) -> str:
+    """Cancel, credit and the empty liveness message for one instance of any role."""
+    return f"{PREFIX}.control.{instance}"
+
+
+def beat(role: str, instance: str) -> str:
+    """Where an instance says every 500 ms that it lives; `*` as instance subscribes to the whole role."""
+    return f"{PREFIX}.beat.{role}.{instance}"
+
+
+def inbox(instance: str, token: str) -> str:
+    """The sender's own reply subject of one publish: NATS's 503 (no responders) comes back only here."""
+    return f"{PREFIX}.inbox.{instance}.{token}"
