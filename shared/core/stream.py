@@ -1,0 +1,409 @@
+"""The receiver's side of ONE client request: frames and `now` in, events out. No I/O, no clock (DESIGN 3, I4-I6).
+
+Theory of operation
+-------------------
+The ingress hands a request over (delivery 1). Somewhere behind it a provider instance wins the dispatch and says
+`Accepted`: from then on it *owns* the stream, and only its frames count. When nobody says so in time, the request is
+delivered again, up to four times in all; no upstream call was made by then, so this is no retry. The deliveries may
+overlap, and every frame may be lost or come twice. Four states:
+
+    WAITING   nobody owns the stream; frames of every delivery that was made are welcome
+    HELD      a provider owns it, none of its text has come yet: its death only costs another delivery
+    STARTED   text was given out: from here on the stream belongs to its owner, for better or worse
+    DONE      the one terminal was given out; whatever still comes is answered with a cancel
+
+A frame is judged by its state, by who sent it (the *standing* of its delivery) and by its kind: `_TABLE` below is
+the whole rule. The standings:
+
+    OWNER     the delivery that owns the stream
+    NEWEST    nobody owns the stream and this is the last delivery made
+    OTHER     any other delivery that was made
+    FENCED    a delivery that can no longer own the stream: its holder was found dead (a frozen process may thaw), or
+              text of it was dropped
+
+Which of two claims to the same stream holds? The newest call's (`dispatch` numbers them over all deliveries). A
+`Refused` names the live holder without its call number; there the later delivery is the newer holder, since only a
+re-delivery that names the dead one can open a further call. Once text is out nobody takes over.
+
+Frames of one delivery are numbered from 0. A repeat is dropped. A gap in the owner's frames (or in those of a
+delivery nobody has superseded) ends the stream with `StreamGap`: an error, never silence. A `Refused` stands in for
+the holder's own `Accepted`, its frame 0, which may be the one that was lost.
+
+Timers, all in seconds of one monotonic clock: hand-off (until somebody owns it), first token and idle (streams only;
+the provider has the same two and knows more, so these are backstops and wait `BACKSTOP_S` longer), total. While the
+client has not taken a full window the owner must stay silent, so idle does not count then.
+"""
+
+from typing import Final
+
+from msgspec import Struct
+
+from shared.wire import errors
+from shared.wire.messages import Accepted, Delta, End, ErrorBody, Failed, Frame, Hop, Refused, Summary
+
+#: At most this many deliveries of one request, the first included (DESIGN 3, liveness).
+MAX_DELIVERIES: Final = 4
+#: Delta bytes a provider may send beyond what the client has taken (DESIGN 3, flow control).
+WINDOW: Final = 64 * 1024
+#: The provider's own first-token and idle timers speak first: they settle, and name the endpoint.
+BACKSTOP_S: Final = 1.0
+#: A stale sender is told once to stop, and again at most this often: its first cancel may be lost.
+STOP_AGAIN_S: Final = 0.25
+
+WAITING: Final = 0
+HELD: Final = 1
+STARTED: Final = 2
+DONE: Final = 3
+
+_OWNER: Final = 0
+_NEWEST: Final = 1
+_OTHER: Final = 2
+_FENCED: Final = 3
+
+_NEVER: Final = float("inf")
+
+
+class Limits(Struct, frozen=True, kw_only=True):
+    """What one request is allowed: seconds and bytes. `handoff` may be stretched per delivery."""
+
+    streamed: bool
+    first_token: float
+    idle: float
+    total: float
+    max_bytes: int
+    window: int = WINDOW
+    max_deliveries: int = MAX_DELIVERIES
+
+
+# ---- events -------------------------------------------------------------------------------------------------------
+
+
+class Deliver(Struct, frozen=True):
+    """Hand the request over as this delivery; `lost` names the provider instance found dead."""
+
+    delivery: int
+    lost: str = ""
+
+
+class Write(Struct, frozen=True):
+    """Bytes for the client. `head` only with the first ones."""
+
+    data: bytes
+    head: dict[str, str] | None = None
+
+
+class Finish(Struct, frozen=True):
+    """The good terminal."""
+
+    summary: Summary
+    hops: tuple[Hop, ...] = ()
+
+
+class Fail(Struct, frozen=True):
+    """The bad terminal; `started`: text was given out before."""
+
+    error: ErrorBody
+    started: bool
+    head: dict[str, str] | None = None
+    hops: tuple[Hop, ...] = ()
+
+
+class Stop(Struct, frozen=True):
+    """Tell this instance to give up that delivery."""
+
+    instance: str
+    delivery: int
+    reason: str
+
+
+Event = Deliver | Write | Finish | Fail | Stop
+Events = tuple[Event, ...]
+
+_NOTHING: Final[Events] = ()
+
+# ---- the table: (state, standing) -> kind of frame -> what is done -------------------------------------------------
+#
+#   own     becomes (or stays) the owner          contest  two claims: the newest call owns
+#   follow  the holder a Refused names owns       write    text for the client
+#   end     the good terminal                     fail     the bad terminal
+#   stray   dropped, the sender is told to stop   drop     dropped: its sender has finished by itself
+
+_Row = dict[type[Struct], str]
+
+_STRAY: Final[_Row] = {Accepted: "stray", Refused: "drop", Delta: "stray", End: "drop", Failed: "drop"}
+_HELD_OWNER: Final[_Row] = {Accepted: "own", Refused: "drop", Delta: "write", End: "end", Failed: "fail"}
+
+_TABLE: Final[dict[tuple[int, int], _Row]] = {
+    (WAITING, _NEWEST): {Accepted: "own", Refused: "follow", Delta: "stray", End: "stray", Failed: "fail"},
+    (WAITING, _OTHER): {Accepted: "own", Refused: "follow", Delta: "stray", End: "stray", Failed: "drop"},
+    (WAITING, _FENCED): _STRAY,
+    (HELD, _OWNER): _HELD_OWNER,
+    (HELD, _OTHER): {Accepted: "contest", Refused: "follow", Delta: "stray", End: "drop", Failed: "drop"},
+    (HELD, _FENCED): _STRAY,
+    (STARTED, _OWNER): _HELD_OWNER,
+    (STARTED, _OTHER): _STRAY,
+    (STARTED, _FENCED): _STRAY,
+    (DONE, _OWNER): _STRAY,
+    (DONE, _OTHER): _STRAY,
+    (DONE, _FENCED): _STRAY,
+}
+
+
+class Stream:
+    """The state machine of one request; `due` is when `tick` must be called next (monotonic seconds).
+
+    The methods return the events to act on, in order, and may be called in any state; after the one `Finish` or `Fail`
+    (or `leave`) only `Stop` comes out.
+    """
+
+    __slots__ = (
+        "_call", "_deadline", "_expected", "_fenced", "_first_due", "_guardian", "_handoff", "_handoff_due",
+        "_idle_from", "_limits", "_sent_at", "_told", "_unfenced_owner", "delivery", "due", "holder", "newest",
+        "received", "state", "taken",
+    )  # fmt: skip
+
+    def __init__(self, limits: Limits, now: float) -> None:
+        self._limits = limits
+        self.state = WAITING
+        self.newest = 0  # the last delivery made
+        self.delivery = 0  # the one that owns the stream; 0 = none
+        self.holder = ""  # its provider instance
+        self.received = 0  # Delta bytes of the owner: the stream's absolute offset
+        self.taken = 0  # of those, taken by the client
+        self._call = 0
+        self._unfenced_owner = False  # its Accepted named call 0: no dispatch, so nothing would stop a second call
+        self._guardian = ""  # who took the newest delivery
+        self._expected: dict[int, int] = {}  # delivery -> its next seq
+        self._fenced: tuple[int, ...] = ()
+        self._told: dict[int, float] = {}  # delivery -> when its sender was last told to stop
+        self._handoff = 0.0
+        self._sent_at = now
+        self._handoff_due = _NEVER
+        self._deadline = now + limits.total
+        self._first_due = now + limits.first_token + BACKSTOP_S if limits.streamed else _NEVER
+        self._idle_from = now
+        self.due = now
+
+    # ---- from the ingress ------------------------------------------------------------------------------------------
+
+    def begin(self, now: float, handoff: float) -> Events:
+        """The first delivery. `handoff`: seconds until it is made again."""
+        self._handoff = handoff
+        return self._deliver("", now)
+
+    def sent(self, guardian: str) -> None:
+        """Who took the newest delivery."""
+        self._guardian = guardian
+
+    def waits_on(self) -> str:
+        """The instance whose death would matter now: the holder, before it the guardian; "" when done."""
+        if self.state == DONE:
+            return ""
+        return self.holder or self._guardian
+
+    def accept_latency(self, now: float) -> float:
+        """Seconds since the newest delivery was made."""
+        return now - self._sent_at
+
+    def took(self, offset: int, now: float) -> None:
+        """The client has taken this many bytes in all. Never more than `received`, never less than before."""
+        offset = min(offset, self.received)
+        if offset > self.taken:
+            if self.received - self.taken >= self._limits.window:
+                self._idle_from = now  # the owner could not speak until now
+                self._schedule()
+            self.taken = offset
+
+    def died(self, instance: str, now: float) -> Events:
+        """Nothing will come from this instance any more (it is frozen, if not dead: it may thaw)."""
+        if self.state == DONE:
+            return _NOTHING
+        if self.delivery and self.holder == instance:
+            stop = Stop(instance, self.delivery, "presumed dead")
+            if self.state == STARTED or self._unfenced_owner:
+                return (*self._fail(errors.WorkerLost().body()), stop)
+            self._fenced += (self.delivery,)
+            self.state, self.delivery, self.holder, self._call = WAITING, 0, "", 0
+            return (stop, *self._again(instance, now))
+        if self.state == WAITING and self._guardian == instance:
+            return self._again("", now)
+        return _NOTHING
+
+    def undeliverable(self, delivery: int, error: ErrorBody) -> Events:
+        """No live guardian could be given this delivery (NATS's 503 may come a little later than the send)."""
+        if self.state == WAITING and delivery == self.newest:
+            return self._fail(error)
+        return _NOTHING
+
+    def fail(self, error: ErrorBody, reason: str) -> Events:
+        """End it now, from our side: the bus is away, the process goes down."""
+        if self.state == DONE:
+            return _NOTHING
+        return self._abandon(error, reason)
+
+    def leave(self, reason: str) -> Events:
+        """The client is gone: nobody needs a terminal."""
+        if self.state == DONE:
+            return _NOTHING
+        stop = self._stop_owner(reason)
+        self._finish()
+        return stop
+
+    def tick(self, now: float) -> Events:
+        """A timer may be due."""
+        if self.state == DONE:
+            return _NOTHING
+        if now >= self._deadline:
+            return self._abandon(errors.DeadlineExceeded().body(), "deadline")
+        if self.state != STARTED and now >= self._first_due:
+            return self._abandon(errors.UpstreamTimeout().body(), "no first token")
+        if self.state == STARTED and self._limits.streamed and now >= self._idle_due(now):
+            return self._abandon(errors.UpstreamTimeout().body(), "idle")
+        if self.state == WAITING and now >= self._handoff_due:
+            return self._again("", now)
+        self._schedule(now)
+        return _NOTHING
+
+    # ---- from the workers ------------------------------------------------------------------------------------------
+
+    def frame(self, frame: Frame, sender: str, now: float) -> Events:
+        """One frame of this stream, from the instance `sender`."""
+        delivery = frame.delivery
+        expected = self._expected.get(delivery, 0)
+        if frame.seq < expected or not 1 <= delivery <= self.newest:
+            return _NOTHING  # a repeat, or a delivery that was never made
+        standing = self._standing(delivery)
+        if frame.seq > expected and self._gap_matters(standing):
+            return self._gap(delivery, sender)
+        self._expected[delivery] = frame.seq + 1
+        verb = _TABLE[self.state, standing][type(frame)]
+        if verb == "write":
+            assert isinstance(frame, Delta)
+            return self._write(frame, now)
+        if verb == "stray":
+            if type(frame) is Delta and standing != _FENCED:
+                self._fenced += (delivery,)  # its text has a hole now: it can own nothing any more
+            return self._stray(delivery, sender, now)
+        return _NOTHING if verb == "drop" else self._decide(verb, frame, sender, now)
+
+    def _gap_matters(self, standing: int) -> bool:
+        """What a superseded delivery has lost is of no interest."""
+        return self.state != DONE and (standing in (_OWNER, _NEWEST) or (self.state == WAITING and standing == _OTHER))
+
+    def _decide(self, verb: str, frame: Frame, sender: str, now: float) -> Events:
+        """The rarer half of the table: claims and terminals."""
+        match frame:
+            case Accepted():
+                if verb == "contest" and not self._newer(frame.call, frame.delivery):
+                    return self._stray(frame.delivery, sender, now)
+                return self._own(frame.delivery, frame.instance, frame.call, unfenced=frame.call == 0)
+            case Refused():
+                return self._follow(frame)
+            case End():
+                self._finish()
+                return (Finish(frame.summary, frame.hops),)
+            case Failed():
+                return self._fail(frame.error, frame.head, frame.hops)
+            case _:  # a Delta never comes here
+                return _NOTHING
+
+    def _standing(self, delivery: int) -> int:
+        if delivery == self.delivery:
+            return _OWNER
+        if delivery in self._fenced:
+            return _FENCED
+        if self.state == WAITING and delivery == self.newest:
+            return _NEWEST
+        return _OTHER
+
+    def _newer(self, call: int, delivery: int) -> bool:
+        """Whether this claim is to a newer call than the owner's; call 0 = not told, the later delivery is newer."""
+        if call and self._call:
+            return call > self._call
+        return delivery > self.delivery
+
+    def _own(self, delivery: int, instance: str, call: int, *, unfenced: bool) -> Events:
+        stop = self._stop_owner("superseded") if self.delivery not in (0, delivery) else _NOTHING
+        if self.state == WAITING or self.delivery != delivery:
+            self.state = HELD
+        self.delivery, self.holder, self._call, self._unfenced_owner = delivery, instance, call, unfenced
+        self._handoff_due = _NEVER
+        self._schedule()
+        return stop
+
+    def _follow(self, frame: Refused) -> Events:
+        holder = frame.holder_delivery
+        if not 1 <= holder <= self.newest or holder in self._fenced or holder == self.delivery:
+            return _NOTHING
+        if self.delivery and holder < self.delivery:
+            return _NOTHING
+        self._expected[holder] = max(self._expected.get(holder, 0), 1)
+        return self._own(holder, frame.holder, 0, unfenced=False)
+
+    def _write(self, frame: Delta, now: float) -> Events:
+        size = self.received + len(frame.data)
+        if size > self._limits.max_bytes:
+            return self._abandon(errors.ResponseTooLarge().body(), "response too large")
+        self.received = size
+        self._idle_from = now
+        if self.state == STARTED:
+            return (Write(frame.data),)
+        self.state = STARTED
+        self._schedule()
+        return (Write(frame.data, frame.head),)
+
+    def _gap(self, delivery: int, sender: str) -> Events:
+        if self.delivery:
+            return self._abandon(errors.StreamGap().body(), "gap")
+        return (*self._fail(errors.StreamGap().body()), Stop(sender, delivery, "gap"))
+
+    def _stray(self, delivery: int, sender: str, now: float) -> Events:
+        if now < self._told.get(delivery, -_NEVER) + STOP_AGAIN_S:
+            return _NOTHING
+        self._told[delivery] = now
+        return (Stop(sender, delivery, "not the owner"),)
+
+    # ---- deliveries, terminals, timers -----------------------------------------------------------------------------
+
+    def _deliver(self, lost: str, now: float) -> Events:
+        self.newest += 1
+        self._guardian = ""
+        self._sent_at = now
+        self._handoff_due = now + self._handoff
+        self._schedule()
+        return (Deliver(self.newest, lost),)
+
+    def _again(self, lost: str, now: float) -> Events:
+        """Another delivery, if one is left."""
+        if self.newest >= self._limits.max_deliveries:
+            return self._fail(errors.WorkerLost().body() if lost else errors.NoWorker().body())
+        return self._deliver(lost, now)
+
+    def _abandon(self, error: ErrorBody, reason: str) -> Events:
+        stop = self._stop_owner(reason)
+        return (*self._fail(error), *stop)
+
+    def _stop_owner(self, reason: str) -> Events:
+        return (Stop(self.holder, self.delivery, reason),) if self.delivery else _NOTHING
+
+    def _fail(self, error: ErrorBody, head: dict[str, str] | None = None, hops: tuple[Hop, ...] = ()) -> tuple[Fail]:
+        started = self.state == STARTED
+        self._finish()
+        return (Fail(error, started, head, hops),)
+
+    def _finish(self) -> None:
+        self.state = DONE
+        self.due = _NEVER
+
+    def _idle_due(self, now: float) -> float:
+        if self.received - self.taken >= self._limits.window:
+            return now + self._limits.idle  # paused for want of credit: look again later
+        return self._idle_from + self._limits.idle + BACKSTOP_S
+
+    def _schedule(self, now: float | None = None) -> None:
+        due = min(self._deadline, self._handoff_due)
+        if self.state != STARTED:
+            due = min(due, self._first_due)
+        elif self._limits.streamed:
+            due = min(due, self._idle_due(self._idle_from if now is None else now))
+        self.due = due

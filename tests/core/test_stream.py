@@ -1,0 +1,269 @@
+"""The receiver's state machine, case by case (DESIGN 3: ownership, hand-off, deaths, timers, terminals)."""
+
+import pytest
+
+from shared.core.stream import (
+    BACKSTOP_S,
+    DONE,
+    HELD,
+    STARTED,
+    WAITING,
+    Deliver,
+    Event,
+    Fail,
+    Finish,
+    Limits,
+    Stop,
+    Stream,
+    Write,
+)
+from shared.wire import errors
+from shared.wire.messages import Accepted, Delta, End, Failed, Frame, Refused, Summary
+
+SUMMARY = Summary(call=1, endpoint="e", model="m", cost=1, input_tokens=1, output_tokens=1)
+HANDOFF = 0.5
+
+
+def stream(**limits: object) -> Stream:
+    base = {"streamed": True, "first_token": 10.0, "idle": 10.0, "total": 60.0, "max_bytes": 1000}
+    machine = Stream(Limits(**{**base, **limits}), 0.0)  # type: ignore[arg-type]
+    assert machine.begin(0.0, HANDOFF) == (Deliver(1),)
+    machine.sent("g1")
+    return machine
+
+
+def feed(machine: Stream, *frames: Frame, now: float = 0.1) -> list[Event]:
+    return [event for frame in frames for event in machine.frame(frame, f"p{frame.delivery}", now)]
+
+
+def accepted(delivery: int = 1, call: int = 1, seq: int = 0) -> Accepted:
+    return Accepted(7, delivery, seq, f"p{delivery}", call)
+
+
+def failed(delivery: int, seq: int = 0) -> Failed:
+    return Failed(7, delivery, seq, errors.NoWorker().body())
+
+
+def code(events: object) -> str:
+    fails = [event for event in events if isinstance(event, Fail)]  # type: ignore[attr-defined]
+    assert len(fails) == 1
+    return fails[0].error.code
+
+
+def test_a_stream_that_goes_well() -> None:
+    machine = stream()
+    assert feed(machine, accepted()) == []
+    assert machine.waits_on() == "p1"
+    assert feed(machine, Delta(7, 1, 1, b"a", {"X-BR-Calls": "1"})) == [Write(b"a", {"X-BR-Calls": "1"})]
+    assert feed(machine, Delta(7, 1, 2, b"b")) == [Write(b"b")]
+    assert machine.received == 2
+    assert feed(machine, End(7, 1, 3, SUMMARY)) == [Finish(SUMMARY)]
+    assert machine.state == DONE
+    assert machine.waits_on() == ""
+    assert machine.due == float("inf")
+
+
+def test_a_repeated_seq_is_dropped_and_a_gap_is_an_error() -> None:
+    machine = stream()
+    feed(machine, accepted(), Delta(7, 1, 1, b"a"))
+    assert feed(machine, accepted(), Delta(7, 1, 1, b"a")) == []
+    events = feed(machine, Delta(7, 1, 3, b"c"))
+    assert code(events) == "stream_gap"
+    assert Stop("p1", 1, "gap") in events
+    assert next(e for e in events if isinstance(e, Fail)).started
+
+
+def test_a_gap_before_anybody_owns_the_stream_is_an_error_too() -> None:
+    machine = stream()
+    events = feed(machine, Delta(7, 1, 1, b"a"))
+    assert code(events) == "stream_gap"
+    assert Stop("p1", 1, "gap") in events
+
+
+def test_nobody_accepts_so_it_is_delivered_again_at_most_four_times_in_all() -> None:
+    machine = stream()
+    now = 0.0
+    for delivery in (2, 3, 4):
+        assert machine.due == pytest.approx(now + HANDOFF)
+        assert machine.tick(machine.due - 0.001) == ()
+        now = machine.due
+        assert machine.tick(now) == (Deliver(delivery),)
+        machine.sent(f"g{delivery}")
+    assert code(machine.tick(now + HANDOFF)) == "no_worker"
+    assert machine.state == DONE
+
+
+def test_a_refused_counts_as_the_holders_accepted() -> None:
+    """Its own may be lost: then the holder's next frame is number 1."""
+    machine = stream()
+    machine.tick(HANDOFF)
+    assert feed(machine, Refused(7, 2, 0, "p1", 1)) == []
+    assert (machine.holder, machine.delivery) == ("p1", 1)
+    assert feed(machine, Delta(7, 1, 1, b"a")) == [Write(b"a")]
+    assert feed(machine, accepted()) == []  # late, and no news
+
+
+def test_frames_of_another_delivery_are_dropped_and_answered_with_cancel_once_in_a_while() -> None:
+    machine = stream()
+    machine.tick(HANDOFF)
+    feed(machine, accepted(1))
+    assert feed(machine, Delta(7, 2, 0, b"x"), now=1.0) == [Stop("p2", 2, "not the owner")]
+    assert feed(machine, Delta(7, 2, 1, b"x"), now=1.1) == []
+    assert feed(machine, Delta(7, 2, 2, b"x"), now=1.3) == [Stop("p2", 2, "not the owner")]
+    assert machine.received == 0
+
+
+def test_the_newest_call_owns() -> None:
+    machine = stream()
+    machine.tick(HANDOFF)
+    feed(machine, accepted(2, call=1))
+    assert feed(machine, accepted(1, call=2)) == [Stop("p2", 2, "superseded")]
+    assert machine.holder == "p1"
+    assert feed(machine, accepted(2, call=3, seq=1)) == [Stop("p1", 1, "superseded")]
+
+
+def test_nobody_takes_over_once_text_is_out() -> None:
+    machine = stream()
+    machine.tick(HANDOFF)
+    feed(machine, accepted(1), Delta(7, 1, 1, b"a"))
+    assert feed(machine, accepted(2, call=2)) == [Stop("p2", 2, "not the owner")]
+    assert feed(machine, Delta(7, 1, 2, b"b")) == [Write(b"b")]
+
+
+def test_failed_counts_only_from_the_owner_or_with_none_from_the_newest() -> None:
+    machine = stream()
+    machine.tick(HANDOFF)
+    assert feed(machine, failed(1)) == []
+    assert code(feed(machine, failed(2))) == "no_worker"
+    machine = stream()
+    machine.tick(HANDOFF)
+    feed(machine, accepted(1))
+    assert feed(machine, failed(2)) == []
+    assert code(feed(machine, failed(1, seq=1))) == "no_worker"
+
+
+def test_frames_of_a_delivery_never_made_are_nothing() -> None:
+    machine = stream()
+    assert feed(machine, accepted(2), accepted(0), failed(9)) == []
+    assert machine.state == WAITING
+
+
+def test_the_holder_dies_before_the_first_delta_and_the_lost_one_is_named() -> None:
+    machine = stream()
+    feed(machine, accepted())
+    assert machine.state == HELD
+    assert machine.died("p1", 1.0) == (Stop("p1", 1, "presumed dead"), Deliver(2, "p1"))
+    machine.sent("g2")
+    # it was only frozen: what it says now is dropped, and it is told again
+    assert feed(machine, Delta(7, 1, 1, b"late"), now=2.0) == [Stop("p1", 1, "not the owner")]
+    assert feed(machine, Refused(7, 2, 0, "p1", 1)) == []  # a stale refusal does not revive it
+    assert machine.delivery == 0
+    assert machine.tick(machine.due) == (Deliver(3),)
+    feed(machine, accepted(3, call=2))
+    assert feed(machine, Delta(7, 3, 1, b"new")) == [Write(b"new")]
+
+
+def test_the_holder_dies_after_the_first_delta() -> None:
+    machine = stream()
+    feed(machine, accepted(), Delta(7, 1, 1, b"a"))
+    assert machine.state == STARTED
+    events = machine.died("p1", 1.0)
+    assert code(events) == "upstream_worker_lost"
+    assert machine.died("p1", 1.1) == ()
+
+
+def test_an_unreserved_request_is_delivered_once_and_never_again() -> None:
+    """DESIGN 5: without a dispatch (call 0) nothing would stop a second upstream call."""
+    machine = stream()
+    feed(machine, accepted(call=0))
+    assert code(machine.died("p1", 1.0)) == "upstream_worker_lost"
+
+
+def test_the_guardian_dies_before_anybody_accepts() -> None:
+    machine = stream()
+    assert machine.waits_on() == "g1"
+    assert machine.died("someone else", 0.1) == ()
+    assert machine.died("g1", 0.1) == (Deliver(2),)
+
+
+def test_the_fourth_holder_dies() -> None:
+    machine = stream(max_deliveries=1)
+    feed(machine, accepted())
+    assert code(machine.died("p1", 1.0)) == "upstream_worker_lost"
+
+
+def test_no_guardian_is_left() -> None:
+    machine = stream()
+    assert machine.undeliverable(2, errors.NoWorker().body()) == ()
+    assert code(machine.undeliverable(1, errors.NoWorker().body())) == "no_worker"
+
+
+def test_the_three_timers_are_separate() -> None:
+    machine = stream()
+    feed(machine, accepted())
+    assert machine.due == 10.0 + BACKSTOP_S
+    assert code(machine.tick(machine.due)) == "upstream_timeout"
+
+    machine = stream()
+    feed(machine, accepted(), Delta(7, 1, 1, b"a"), now=5.0)
+    assert machine.tick(12.0) == ()
+    assert machine.due == 15.0 + BACKSTOP_S
+    events = machine.tick(machine.due)
+    assert code(events) == "upstream_timeout"
+    assert Stop("p1", 1, "idle") in events
+
+    machine = stream(total=3.0)
+    feed(machine, accepted(), Delta(7, 1, 1, b"a"))
+    assert machine.due == 3.0
+    assert code(machine.tick(3.0)) == "deadline_exceeded"
+
+
+def test_a_whole_answer_has_only_the_total_timer() -> None:
+    """Its first Delta is its last: there is no first token to wait for."""
+    machine = stream(streamed=False)
+    feed(machine, accepted(), Delta(7, 1, 1, b"a"))
+    assert machine.due == 60.0
+    assert machine.tick(59.0) == ()
+
+
+def test_idle_does_not_count_while_the_client_has_not_taken_a_window() -> None:
+    machine = stream(window=10, idle=1.0)
+    feed(machine, accepted(), Delta(7, 1, 1, b"0123456789"))
+    assert machine.tick(5.0) == ()
+    machine.took(4, 5.0)
+    assert machine.tick(6.0) == ()
+    assert code(machine.tick(5.0 + 1.0 + BACKSTOP_S)) == "upstream_timeout"
+
+
+def test_taken_never_passes_what_came_nor_goes_back() -> None:
+    machine = stream()
+    feed(machine, accepted(), Delta(7, 1, 1, b"abc"))
+    machine.took(99, 1.0)
+    machine.took(1, 1.0)
+    assert machine.taken == 3
+
+
+def test_an_answer_past_the_bound_is_cut() -> None:
+    """S1-R5."""
+    machine = stream(max_bytes=3)
+    feed(machine, accepted(), Delta(7, 1, 1, b"abc"))
+    events = feed(machine, Delta(7, 1, 2, b"d"))
+    assert code(events) == "response_too_large"
+    assert Stop("p1", 1, "response too large") in events
+
+
+def test_the_client_leaves() -> None:
+    machine = stream()
+    feed(machine, accepted())
+    assert machine.leave("client gone") == (Stop("p1", 1, "client gone"),)
+    assert feed(machine, Delta(7, 1, 1, b"a"), now=5.0) == [Stop("p1", 1, "not the owner")]
+    assert machine.leave("again") == ()
+
+
+def test_ending_it_from_our_side() -> None:
+    machine = stream()
+    feed(machine, accepted())
+    events = machine.fail(errors.BusDown().body(), "bus down")
+    assert code(events) == "bus_unavailable"
+    assert Stop("p1", 1, "bus down") in events
+    assert machine.fail(errors.BusDown().body(), "bus down") == ()
