@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from deploy import servers
+from tests.e2e.sim import Sim, running_simulator
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +27,10 @@ def nats_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     config.write_text(f'listen: "127.0.0.1:{port}"\nmax_payload: 2MB\njetstream {{ store_dir: "{directory}/js" }}\n')
     with servers.running(servers.nats_command(config), port, directory / "log"):
         yield f"nats://127.0.0.1:{port}"
+
+
+@pytest.fixture(scope="session")
+def simulator() -> Iterator[Sim]:
+    """A simulator as its own process, for tests that need no Hotpath in front of it."""
+    with running_simulator() as sim:
+        yield sim
