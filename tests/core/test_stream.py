@@ -267,3 +267,16 @@ def test_ending_it_from_our_side() -> None:
     assert code(events) == "bus_unavailable"
     assert Stop("p1", 1, "bus down") in events
     assert machine.fail(errors.BusDown().body(), "bus down") == ()
+
+
+def test_a_delivery_whose_text_was_dropped_can_own_nothing() -> None:
+    """Its text would have a hole that no seq shows (I5)."""
+    machine = stream()
+    machine.tick(HANDOFF)
+    feed(machine, accepted(1), Delta(7, 2, 0, b"hole"))
+    assert machine.delivery == 1
+    assert feed(machine, Refused(7, 2, 1, "p2", 2)) == []
+    assert machine.delivery == 1
+    assert machine.died("p1", 1.0) == (Stop("p1", 1, "presumed dead"), Deliver(3, "p1"))
+    assert feed(machine, Delta(7, 2, 2, b"more"), now=1.0) == [Stop("p2", 2, "not the owner")]
+    assert machine.received == 0
