@@ -158,7 +158,7 @@ class Stream:
 
     __slots__ = (
         "_call", "_deadline", "_expected", "_fenced", "_first_due", "_guardian", "_handoff", "_handoff_due",
-        "_idle_from", "_limits", "_sent_at", "_told", "_unfenced_owner", "delivery", "due", "holder", "newest",
+        "_idle_from", "_limits", "_lost", "_sent_at", "_told", "_unfenced_owner", "delivery", "due", "holder", "newest",
         "received", "state", "taken",
     )  # fmt: skip
 
@@ -176,6 +176,7 @@ class Stream:
         self._expected: dict[int, int] = {}  # delivery -> its next seq
         self._fenced: tuple[int, ...] = ()
         self._told: dict[int, float] = {}  # delivery -> when its sender was last told to stop
+        self._lost = ""  # the last holder found dead: named in every delivery from then on, since one may be lost
         self._handoff = 0.0
         self._sent_at = now
         self._handoff_due = _NEVER
@@ -189,7 +190,7 @@ class Stream:
     def begin(self, now: float, handoff: float) -> Events:
         """The first delivery. `handoff`: seconds until it is made again."""
         self._handoff = handoff
-        return self._deliver("", now)
+        return self._deliver(now)
 
     def sent(self, guardian: str) -> None:
         """Who took the newest delivery."""
@@ -224,9 +225,10 @@ class Stream:
                 return (*self._fail(errors.WorkerLost().body()), stop)
             self._fenced += (self.delivery,)
             self.state, self.delivery, self.holder, self._call = WAITING, 0, "", 0
-            return (stop, *self._again(instance, now))
+            self._lost = instance
+            return (stop, *self._again(now))
         if self.state == WAITING and self._guardian == instance:
-            return self._again("", now)
+            return self._again(now)
         return _NOTHING
 
     def undeliverable(self, delivery: int, error: ErrorBody) -> Events:
@@ -260,7 +262,7 @@ class Stream:
         if self.state == STARTED and self._limits.streamed and now >= self._idle_due(now):
             return self._abandon(errors.UpstreamTimeout().body(), "idle")
         if self.state == WAITING and now >= self._handoff_due:
-            return self._again("", now)
+            return self._again(now)
         self._schedule(now)
         return _NOTHING
 
@@ -365,19 +367,19 @@ class Stream:
 
     # ---- deliveries, terminals, timers -----------------------------------------------------------------------------
 
-    def _deliver(self, lost: str, now: float) -> Events:
+    def _deliver(self, now: float) -> Events:
         self.newest += 1
         self._guardian = ""
         self._sent_at = now
         self._handoff_due = now + self._handoff
         self._schedule()
-        return (Deliver(self.newest, lost),)
+        return (Deliver(self.newest, self._lost),)
 
-    def _again(self, lost: str, now: float) -> Events:
+    def _again(self, now: float) -> Events:
         """Another delivery, if one is left."""
         if self.newest >= self._limits.max_deliveries:
-            return self._fail(errors.WorkerLost().body() if lost else errors.NoWorker().body())
-        return self._deliver(lost, now)
+            return self._fail(errors.WorkerLost().body() if self._lost else errors.NoWorker().body())
+        return self._deliver(now)
 
     def _abandon(self, error: ErrorBody, reason: str) -> Events:
         stop = self._stop_owner(reason)
