@@ -122,7 +122,7 @@ def read_prompt(body: bytes) -> Prompt:
                     images += 1
                 else:
                     opaque += len(orjson.dumps(part))
-        if len(message) > 2:
+        if len(message) > 2 or content is None:  # more than role and content
             fixed += _read_rest(message, texts)
     tools = b"".join(orjson.dumps(fields[key]) for key in ("tools", "functions") if fields.get(key))
     return Prompt(texts=texts, fixed=fixed, tools=tools, images=images, opaque=opaque)

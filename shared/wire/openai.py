@@ -321,7 +321,7 @@ def _check_messages(messages: Any) -> None:
             _check_parts(index, content)
         elif type(content) is not str and (content is not None or role not in _MAY_BE_EMPTY):
             raise _wrong(index, ".content", "must be a string or a list of parts")
-        if len(message) > 2:  # more than role and content
+        if len(message) > 2 or content is None:  # more than role and content
             _check_rest(index, role, message)
         elif role == "tool":
             raise _wrong(index, ".tool_call_id", "must be a string")

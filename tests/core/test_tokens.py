@@ -1,0 +1,90 @@
+"""Token counts by the published formula, and bounds that hold."""
+
+import orjson
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shared.core import tokens
+
+HELLO = {"role": "user", "content": "hello world"}  # 1 + 2 tokens in both tables
+CALLED = {"id": "1", "type": "function", "function": {"name": "hello", "arguments": "{}"}}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+
+def body(*messages, **fields):
+    return orjson.dumps({"model": "m", "messages": list(messages), **fields})
+
+
+@pytest.mark.parametrize(
+    ("messages", "count"),
+    [
+        ([HELLO], 3 + 3 + 1 + 2),
+        ([HELLO, HELLO], 3 + 2 * (3 + 1 + 2)),
+        ([{**HELLO, "name": "bob"}], 3 + 3 + 1 + 2 + 1 + 1),
+        ([{"role": "user", "content": [{"type": "text", "text": "hello world"}] * 2}], 3 + 3 + 1 + 2 + 2),
+        ([{"role": "assistant", "content": None}], 3 + 3 + 1),
+        ([{"role": "assistant", "tool_calls": [CALLED]}], 3 + 3 + 1 + 1 + 1),
+        ([{"role": "assistant", "content": None, "function_call": CALLED["function"]}], 3 + 3 + 1 + 1 + 1),
+    ],
+)  # fmt: skip
+def test_prompt_formula(messages, count):
+    """OpenAI cookbook: 3 a message, its tokens, 1 for a name, 3 for the reply."""
+    assert tokens.count_prompt(body(*messages), "o200k") == count
+
+
+def test_tools_count_as_the_json_they_are_sent_as():
+    plain = tokens.count_prompt(body(HELLO), "o200k")
+    with_tools = tokens.count_prompt(body(HELLO, tools=[TOOL]), "o200k")
+    assert with_tools - plain == tokens.count_text(orjson.dumps([TOOL]).decode(), "o200k")
+
+
+@pytest.mark.parametrize(
+    ("model", "encoding"),
+    [("gpt-4o-mini", "o200k"), ("gpt-4.1", "o200k"), ("gpt-5", "o200k"), ("o4-mini", "o200k"), ("gpt-4", "cl100k"),
+     ("gpt-4-turbo", "cl100k"), ("gpt-3.5-turbo", "cl100k"), ("openai/gpt-4-0613", "cl100k"), ("llama", "o200k")],
+)  # fmt: skip
+def test_encoding_by_model(model, encoding):
+    """S1-L2: a real tokenizer by model."""
+    assert tokens.encoding_for(model) == encoding
+
+
+def test_the_tables_are_tiktokens():
+    """Counts the OpenAI cookbook prints for tiktoken and the same texts; special tokens are plain text to us."""
+    assert tokens.count_text("tiktoken is great!", "o200k") == 6
+    assert tokens.count_text("tiktoken is great!", "cl100k") == 6
+    assert tokens.count_text("お誕生日おめでとう", "cl100k") == 9
+    assert tokens.count_text("お誕生日おめでとう", "o200k") == 8
+    assert tokens.count_text("<|endoftext|>", "o200k") == 7
+
+
+@settings(deadline=None)
+@given(st.lists(st.text(max_size=400), min_size=1, max_size=5))
+def test_bound_is_above_the_count(texts):
+    """D1: what is reserved is never below what we would count."""
+    raw = body(*({"role": "user", "content": text} for text in texts))
+    assert tokens.bound_prompt(raw, "o200k") > tokens.count_prompt(raw, "o200k")
+    assert tokens.size_prompt(raw, "o200k", 0).bound == tokens.bound_prompt(raw, "o200k", 0)
+
+
+@pytest.mark.parametrize("text", ["a" * 40_000, " " * 40_000, "é" * 40_000, "\U0001f600" * 20_000, "1 \x00" * 20_000])
+def test_bound_of_a_large_body_counts_bytes(text):
+    """Above 32 KiB nothing is tokenized: the bound holds and is quick."""
+    raw = body({"role": "user", "content": text})
+    assert tokens.bound_prompt(raw, "o200k") > max(len(text.encode()), tokens.count_prompt(raw, "o200k"))
+
+
+def test_images_and_other_parts_are_bounded():
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 50_000}}
+    audio = {"type": "input_audio", "input_audio": {"data": "B" * 1000, "format": "wav"}}
+    plain = tokens.bound_prompt(body({"role": "user", "content": []}), "o200k")
+    assert tokens.bound_prompt(body({"role": "user", "content": [image]}), "o200k", 500) == plain + 500
+    assert tokens.bound_prompt(body({"role": "user", "content": [audio]}), "o200k") > plain + 1000
+    assert tokens.image_tokens("gpt-4o-mini-2024-07-18") > tokens.image_tokens("gpt-4o")
+
+
+def test_estimate_is_four_characters_a_token_and_the_tools():
+    """S2-09."""
+    assert tokens.estimate_prompt(9, 5) == 3 + 2
+    sized = tokens.size_prompt(body(HELLO, tools=[TOOL]), "o200k", 0)
+    assert sized.estimate == tokens.estimate_prompt(len("user" + HELLO["content"]), len(orjson.dumps([TOOL])))
