@@ -1,0 +1,141 @@
+"""Hand a message to one live instance of a role, and to another when NATS says that nobody was there (DESIGN 3).
+
+The `reply` of each publish is the sender's own inbox with a token: NATS's 503 ("no responders") comes back only there,
+within a round trip. Payloads are kept for that long and no longer, in bounded memory.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
+from typing import Final
+
+from msgspec import Struct
+
+from shared.bus.base import Bus, BusUnavailable, PayloadTooLarge, Subscription
+from shared.bus.roster import Roster
+from shared.wire import subjects
+
+#: A 503 is written in the same turn of the server that read the message; this leaves it ten stalled beats of time.
+KEEP_S: Final = 1.0
+MAX_KEPT: Final = 16_384
+MAX_KEPT_BYTES: Final = 64 * 1024 * 1024
+
+_NOBODY: Final[frozenset[str]] = frozenset()
+
+
+class NoLiveInstance(Exception):
+    """The role has no live instance that was not skipped: nothing was sent."""
+
+
+class _Kept(Struct):
+    """One message that may still come back."""
+
+    role: str
+    instance: str
+    payload: bytes
+    skip: AbstractSet[str]
+    lost: Callable[[str, str], None] | None
+    undeliverable: Callable[[], None]
+    until: float
+
+
+class Sender:
+    """Sends to roles by their rosters; at most MAX_KEPT messages and MAX_KEPT_BYTES are kept for a second sending."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        instance: str,
+        rosters: Mapping[str, Roster],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._bus = bus
+        self._instance = instance
+        self._rosters = rosters
+        self._clock = clock
+        self._prefix = subjects.inbox(instance, "")
+        self._kept: dict[str, _Kept] = {}  # in the order they were sent, so the oldest stand first
+        self._kept_bytes = 0
+        self._number = 0
+        self._subscription: Subscription | None = None
+        self.resent = 0
+        self.undeliverable = 0
+
+    async def start(self) -> None:
+        """Subscribe to the inbox: before the first send."""
+        self._subscription = await self._bus.subscribe(subjects.inbox(self._instance, "*"), self._on_inbox)
+
+    @property
+    def kept(self) -> int:
+        """Messages that could still be sent again."""
+        return len(self._kept)
+
+    def send(
+        self,
+        role: str,
+        payload: bytes,
+        *,
+        on_undeliverable: Callable[[], None],
+        skip: AbstractSet[str] = _NOBODY,
+        lost: Callable[[str, str], None] | None = None,
+    ) -> str:
+        """Publish `payload` to one live instance of `role` and return its id.
+
+        When NATS answers that nobody is there, the instance is marked dead and another one gets the message (each at
+        most once): `lost(dead, next)` is told. With none left `on_undeliverable()` is called, once. Both are called
+        on the event loop, later than this call. Raises NoLiveInstance, BusUnavailable, PayloadTooLarge: nothing was
+        sent then, and `on_undeliverable` is not called.
+        """
+        now = self._clock()
+        self.sweep(now)
+        instance = self._rosters[role].pick(now, skip)
+        if instance is None:
+            raise NoLiveInstance(role)
+        self._publish(_Kept(role, instance, payload, skip, lost, on_undeliverable, now + KEEP_S))
+        return instance
+
+    def _publish(self, kept: _Kept) -> None:
+        self._number += 1
+        token = str(self._number)
+        self._bus.publish(subjects.worker(kept.role, kept.instance), kept.payload, self._prefix + token)
+        self._rosters[kept.role].sent(kept.instance)
+        self._kept[token] = kept
+        self._kept_bytes += len(kept.payload)
+
+    def _on_inbox(self, subject: str, _reply: str, _payload: bytes, no_responders: bool) -> None:
+        if not no_responders:
+            return
+        kept = self._kept.pop(subject[len(self._prefix) :], None)
+        if kept is None:
+            return
+        self._kept_bytes -= len(kept.payload)
+        roster = self._rosters[kept.role]
+        roster.dead(kept.instance)
+        dead = kept.instance
+        kept.skip = kept.skip | {dead}
+        now = self._clock()
+        following = roster.pick(now, kept.skip)
+        if following is not None:
+            kept.instance = following
+            kept.until = now + KEEP_S
+            try:
+                self._publish(kept)
+            except (BusUnavailable, PayloadTooLarge):  # the connection went, or came back with a smaller limit
+                following = None
+        if following is None:
+            self.undeliverable += 1
+            kept.undeliverable()
+            return
+        self.resent += 1
+        if kept.lost is not None:
+            kept.lost(dead, following)
+
+    def sweep(self, now: float) -> None:
+        """Forget what no 503 can concern any more, and the oldest beyond the bounds."""
+        while self._kept:
+            token = next(iter(self._kept))
+            kept = self._kept[token]
+            if kept.until > now and len(self._kept) <= MAX_KEPT and self._kept_bytes <= MAX_KEPT_BYTES:
+                return
+            del self._kept[token]
+            self._kept_bytes -= len(kept.payload)
