@@ -1,5 +1,7 @@
 """Token counts by the published formula, and bounds that hold."""
 
+from typing import Any
+
 import orjson
 import pytest
 from hypothesis import given, settings
@@ -12,7 +14,7 @@ CALLED = {"id": "1", "type": "function", "function": {"name": "hello", "argument
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 
 
-def body(*messages, **fields):
+def body(*messages: Any, **fields: Any) -> bytes:
     return orjson.dumps({"model": "m", "messages": list(messages), **fields})
 
 
