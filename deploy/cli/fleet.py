@@ -1,0 +1,190 @@
+"""Decides what `hotpath up` starts: pure but for picking free ports and writing the configuration files."""
+
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+from deploy import servers
+from deploy.cli import confs
+from deploy.cli.slot import Spec
+from deploy.cli.supervise import ORDER, OTHER
+from shared.settings import Settings
+from shared.settings import load as load_settings
+
+#: Keys whose presence means that a real provider is meant.
+PROVIDER_KEYS: Final = ("OPENAI_API_KEY",)
+MARGIN_S: Final = 5.0  # a drain that takes its whole time still ends by itself
+
+Missing = servers.ServerMissing
+
+
+@dataclass(kw_only=True)
+class Plan:
+    """What to start, and what is told about it."""
+
+    specs: list[Spec] = field(default_factory=list)
+    url: str
+    nats_url: str
+    loadgen_nats_url: str
+    redis_url: str
+    simulator_url: str | None
+    api_key: str
+    admin_key: str
+    data: Path
+
+    def run_fields(self) -> dict[str, Any]:
+        """The fixed part of run.json."""
+        names = ("url", "nats_url", "loadgen_nats_url", "redis_url", "simulator_url", "api_key", "admin_key")
+        return {name: getattr(self, name) for name in names}
+
+
+def wants_simulator(env: Mapping[str, str]) -> bool:
+    """Neither a catalogue nor a provider's key is given."""
+    return not env.get("HOTPATH_CATALOG") and not any(env.get(name) for name in PROVIDER_KEYS)
+
+
+def url_of(host: str, port: int) -> str:
+    """What a client on this machine uses to reach a listener."""
+    if host in {"0.0.0.0", ""}:
+        host = "127.0.0.1"
+    elif host == "::":
+        host = "::1"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def embedded_nats_url(user: str, secrets: Mapping[str, str], port: int) -> str:
+    """The embedded server's URL for one of its users (operator, roles, loadgen)."""
+    return f"nats://{user}:{secrets[f'NATS_{user.upper()}_PASSWORD']}@127.0.0.1:{port}"
+
+
+def embedded_redis_url(secrets: Mapping[str, str], port: int) -> str:
+    """The embedded Valkey's URL."""
+    return f"redis://:{secrets['REDIS_PASSWORD']}@127.0.0.1:{port}/0"
+
+
+def bare(env: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a process that has no business with our secrets."""
+    return {name: env[name] for name in ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "TZ") if name in env}
+
+
+def plan(
+    *, env: Mapping[str, str], data: Path, secrets: Mapping[str, str], listener: socket.socket,
+    roles: Mapping[str, list[str]], scale: Mapping[str, int], simulator: bool,
+) -> Plan:  # fmt: skip
+    """Servers first, then the simulator and the roles: all are started at once, and the roles wait for what they need.
+
+    Raises ServerMissing, SettingsError, ValueError (a path that cannot stand in a configuration file).
+    """
+    host, port = listener.getsockname()[:2]
+    own = {**env, **{name: secrets[name] for name in ("GATEWAY_API_KEY", "KEY_PEPPER", "ADMIN_API_KEY")}}
+    own |= {"HOTPATH_DATA": str(data), "GATEWAY_PORT": str(port), "HOTPATH_LISTEN_FD": str(listener.fileno())}
+    settings = load_settings(own)
+    result = Plan(
+        url=url_of(host, port), nats_url=env.get("NATS_URL", ""), redis_url=env.get("REDIS_URL", ""),
+        loadgen_nats_url=env.get("NATS_URL_LOADGEN") or env.get("NATS_URL", ""),
+        simulator_url=None, api_key=secrets["GATEWAY_API_KEY"], admin_key=secrets["ADMIN_API_KEY"], data=data,
+    )  # fmt: skip
+    if not result.nats_url:
+        own["NATS_URL"] = _add_nats(result, env, secrets, settings)
+    if not result.redis_url:
+        own["REDIS_URL"] = _add_redis(result, env, secrets)
+    if env.get("HOTPATH_CATALOG"):
+        own["HOTPATH_CATALOG"] = str(Path(env["HOTPATH_CATALOG"]).resolve())
+    elif simulator and wants_simulator(env):
+        own["HOTPATH_CATALOG"] = _add_simulator(result, env)
+    own["HOTPATH_LISTEN_FD"] = "-1"
+    _add_roles(result, own, listener.fileno(), settings, roles, scale)
+    return result
+
+
+def _log(data: Path, role: str, number: int) -> Path:
+    return data / "logs" / f"{role}.{number}.log"
+
+
+def _add_nats(result: Plan, env: Mapping[str, str], secrets: Mapping[str, str], settings: Settings) -> str:
+    port = servers.free_port()
+    conf = confs.nats_conf(result.data, "127.0.0.1", port, secrets, settings.max_body_bytes)
+    result.nats_url = embedded_nats_url("operator", secrets, port)
+    result.loadgen_nats_url = embedded_nats_url("loadgen", secrets, port)
+    result.specs.append(
+        Spec(
+            role="nats",
+            number=1,
+            command=servers.nats_command(conf),
+            env=bare(env),
+            log=_log(result.data, "nats", 1),
+            order=ORDER["nats"],
+            grace=MARGIN_S,
+            probe=partial(servers.wait_port_async, port),
+            quiet=True,
+        )
+    )
+    return embedded_nats_url("roles", secrets, port)
+
+
+def _add_redis(result: Plan, env: Mapping[str, str], secrets: Mapping[str, str]) -> str:
+    port = servers.free_port()
+    conf = confs.redis_conf(result.data, port, secrets["REDIS_PASSWORD"])
+    result.redis_url = embedded_redis_url(secrets, port)
+    result.specs.append(
+        Spec(
+            role="redis",
+            number=1,
+            command=[servers.valkey_binary(), str(conf)],
+            env=bare(env),
+            log=_log(result.data, "redis", 1),
+            order=ORDER["redis"],
+            grace=2 * MARGIN_S,
+            probe=partial(servers.wait_port_async, port),
+            quiet=True,
+        )
+    )
+    return result.redis_url
+
+
+def _add_simulator(result: Plan, env: Mapping[str, str]) -> str:
+    """Its port is chosen here, so that the catalogue can name it before it runs and still after a restart of it."""
+    port = servers.free_port()
+    result.simulator_url = f"http://127.0.0.1:{port}"
+    result.specs.append(
+        Spec(
+            role="simulator",
+            number=1,
+            command=[sys.executable, "-m", "deploy.simulator", "--port", str(port)],
+            env=bare(env),
+            log=_log(result.data, "simulator", 1),
+            order=ORDER["simulator"],
+            grace=MARGIN_S,
+        )
+    )
+    return str(confs.sim_catalog(result.data, result.simulator_url))
+
+
+def _add_roles(
+    result: Plan, env: Mapping[str, str], fd: int, settings: Settings,
+    roles: Mapping[str, list[str]], scale: Mapping[str, int],
+) -> None:  # fmt: skip
+    streams = max(settings.shutdown_drain_ms, settings.shutdown_stream_drain_ms) / 1000 + MARGIN_S
+    short = settings.shutdown_drain_ms / 1000 + MARGIN_S
+    path = f"{os.path.dirname(sys.executable)}{os.pathsep}{env.get('PATH', os.defpath)}"  # noqa: PTH120 - of the venv, not what it links to
+    for role, command in roles.items():
+        listens = role == "ingress"
+        own = {**env, "PATH": path, "HOTPATH_LISTEN_FD": str(fd) if listens else "-1"}
+        for number in range(1, scale[role] + 1):
+            result.specs.append(
+                Spec(
+                    role=role,
+                    number=number,
+                    command=command,
+                    env=own,
+                    log=_log(result.data, role, number),
+                    order=ORDER.get(role, OTHER),
+                    grace=streams if role in {"ingress", "provider"} else short,
+                    fds=(fd,) if listens else (),
+                )
+            )

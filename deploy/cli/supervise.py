@@ -1,0 +1,156 @@
+"""The supervisor: starts the fleet, keeps it running, stops it in order. Asked by `hotpath up` only.
+
+Order of the end: the ingress first (it waits for its clients' answers, which need everything else), then provider,
+routing and guardian, the simulator, and the servers last. A second signal kills what is left.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Final
+
+from deploy.cli.logs import Screen
+from deploy.cli.runfile import RunFile
+from deploy.cli.slot import Events, Slot, Spec
+
+#: When each role is stopped.
+ORDER: Final = {"ingress": 0, "provider": 1, "routing": 2, "guardian": 3, "simulator": 5, "nats": 6, "redis": 6}
+OTHER: Final = 4  # a role of the Procfile that is not known here
+READY_TIMEOUT_S: Final = 60.0
+READY_POLL_S: Final = 0.015
+
+
+class NotStarted(Exception):
+    """The fleet did not become ready; the message says which part and what to do. `code` is the exit code."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Warden:
+    """The supervisor's end of the pipe to deploy/cli/warden.py."""
+
+    def __init__(self, lock: int) -> None:
+        """`lock` is the descriptor of the locked data directory: it stays locked until the warden has ended too."""
+        script = Path(__file__).with_name("warden.py")
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(script)],
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env={}, pass_fds=(lock,), start_new_session=True,
+            bufsize=0,
+        )  # fmt: skip
+
+    def tell(self, line: str) -> None:
+        """A process started or ended."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(line.encode("ascii") + b"\n")
+
+    def close(self) -> None:
+        """Everything has ended: so does the warden."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+class Supervisor:
+    """The fleet. `start` the specs, `wait_ready`, sleep in `run`, and always `stop`."""
+
+    def __init__(self, run_file: RunFile, screen: Screen, lock: int) -> None:
+        self.run_file = run_file
+        self.screen = screen
+        self.slots: list[Slot] = []
+        self.hurry = asyncio.Event()  # a second signal: kill
+        self.leaving = asyncio.Event()
+        self._warden = Warden(lock)
+        self._events = Events(started=self._started, ready=self._ready, ended=self._ended)
+
+    def _started(self, spec: Spec, pid: int) -> None:
+        self._warden.tell(f"+{spec.order} {pid}")
+
+    def _ready(self, spec: Spec, pid: int, found: dict[str, Any]) -> None:
+        role = found.get("role") if isinstance(found.get("role"), str) else spec.role
+        metrics = found.get("metrics") if isinstance(found.get("metrics"), str) else ""
+        self.run_file.add(str(role), pid, str(metrics))
+
+    def _ended(self, _: Spec, pid: int) -> None:
+        self._warden.tell(f"-{pid}")
+        self.run_file.remove(pid)
+
+    def on_signals(self) -> None:
+        """SIGINT, SIGTERM and a closed terminal: leave; the second one: at once."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, self._on_signal)
+
+    def _on_signal(self) -> None:
+        if self.leaving.is_set():
+            self.hurry.set()
+        else:
+            self.leaving.set()
+
+    def start(self, spec: Spec) -> None:
+        """Start one more process; returns at once."""
+        slot = Slot(spec, self.screen, self._events)
+        self.slots.append(slot)
+        slot.start()
+
+    async def wait_ready(self, is_ready: Callable[[], Awaitable[bool]]) -> bool:
+        """Until every process has said so and `is_ready` answers True; False when told to leave before.
+
+        Raises NotStarted when a process refuses its settings, or after READY_TIMEOUT_S.
+        """
+        work = asyncio.create_task(self._all_ready(is_ready))
+        refused = [asyncio.create_task(slot.refused.wait()) for slot in self.slots]
+        leaving = asyncio.create_task(self.leaving.wait())
+        try:
+            await asyncio.wait({work, leaving, *refused}, timeout=READY_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+            if self.leaving.is_set():
+                return False
+            bad = [slot.spec.name for slot in self.slots if slot.refused.is_set()]
+            if bad:
+                raise NotStarted(f"{', '.join(bad)} refused the configuration (above); nothing was started", 78)
+            if not work.done():
+                late = [slot.spec.name for slot in self.slots if not slot.ready.is_set()]
+                what = ", ".join(late) or "GET /ready is not 200"
+                raise NotStarted(
+                    f"not ready within {READY_TIMEOUT_S:g} s: {what} (logs: {self.slots[0].spec.log.parent})"
+                )
+            work.result()
+            return True
+        finally:
+            for task in (work, leaving, *refused):
+                task.cancel()
+
+    async def _all_ready(self, is_ready: Callable[[], Awaitable[bool]]) -> None:
+        for slot in self.slots:
+            await slot.ready.wait()
+        while not await is_ready():  # noqa: ASYNC110 - it asks another process, which signals nothing
+            await asyncio.sleep(READY_POLL_S)
+
+    async def stop(self) -> None:
+        """Everything, in order; returns when nothing is left."""
+        for order in sorted({slot.spec.order for slot in self.slots}):
+            await asyncio.gather(*(slot.stop(self.hurry) for slot in self.slots if slot.spec.order == order))
+        self.run_file.close()
+        self._warden.close()
+
+
+def open_lock(path: Path) -> int:
+    """Lock the data directory for this process (and its warden). Raises BlockingIOError while another holds it."""
+    import fcntl  # noqa: PLC0415 - not on every platform, and only needed here
+
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    os.truncate(descriptor, 0)
+    os.write(descriptor, f"{os.getpid()}\n".encode())
+    return descriptor
