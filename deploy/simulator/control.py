@@ -188,19 +188,25 @@ async def _reset(request: web.Request) -> web.Response:
     return _json({})
 
 
+def _condition(desk: Desk, query: dict[str, str]) -> tuple[Callable[[], bool], float]:
+    """What to wait for, and seconds. Raises ValueError."""
+    wanted = {key: int(value) for key, value in query.items()}
+    wait_ms = min(wanted.pop("ms", 5000), MAX_WAIT_MS)
+    if not wanted or wanted.keys() - {"held", "calls", "ended", "left", "in_flight"}:
+        raise ValueError("wait for held, calls, ended, left or in_flight")
+
+    def reached() -> bool:
+        now = msgspec.to_builtins(desk.counts)
+        return all(now[key] <= n if key == "in_flight" else now[key] >= n for key, n in wanted.items())
+
+    return reached, wait_ms / 1000
+
+
 async def _wait(request: web.Request) -> web.Response:
     desk = request.app[DESK]
     try:
-        wanted = {key: int(value) for key, value in request.query.items()}
-        wait_ms = min(wanted.pop("ms", 5000), MAX_WAIT_MS)
-        if not wanted or wanted.keys() - {"held", "calls", "ended", "left", "in_flight"}:
-            raise ValueError("wait for held, calls, ended, left or in_flight")
-
-        def reached() -> bool:
-            now = msgspec.to_builtins(desk.counts)
-            return all(now[key] <= n if key == "in_flight" else now[key] >= n for key, n in wanted.items())
-
-        met = await desk.until(reached, wait_ms / 1000)
+        reached, wait_s = _condition(desk, dict(request.query))
+        met = await desk.until(reached, wait_s)
     except ValueError as error:
         return error_response(400, {"error": {"message": str(error), "type": "invalid_request_error"}})
     return _json(_stats(desk), 200 if met else 408)

@@ -120,14 +120,11 @@ def bad_usage(kind: str, true: dict[str, Any]) -> dict[str, Any] | None:
     """What is told instead of the true usage; None: nothing."""
     if kind == "missing":
         return None
-    if kind == "null":
-        return dict.fromkeys(true)
-    if kind == "zero":
-        return {**true, "prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
-    if kind == "negative":
-        return {**true, "prompt_tokens": -true["prompt_tokens"], "completion_tokens": -5, "total_tokens": -5}
-    if kind == "string":
-        return {**true, "prompt_tokens": str(true["prompt_tokens"]), "completion_tokens": "many"}
-    if kind == "huge":
-        return {**true, "completion_tokens": 10**15, "total_tokens": 10**15}
-    return true
+    wrong: dict[str, dict[str, Any]] = {
+        "null": dict.fromkeys(true),
+        "zero": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
+        "negative": {"prompt_tokens": -true["prompt_tokens"], "completion_tokens": -5, "total_tokens": -5},
+        "string": {"prompt_tokens": str(true["prompt_tokens"]), "completion_tokens": "many"},
+        "huge": {"completion_tokens": 10**15, "total_tokens": 10**15},
+    }
+    return {**true, **wrong.get(kind, {})}

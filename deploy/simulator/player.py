@@ -68,7 +68,9 @@ class Player:
         self._answer = answer
         self._line = line
         self._fault = fault or _NO_FAULT
-        self._usage = faults.bad_usage(self._fault.usage, answer.usage())
+        self._usage: dict[str, Any] | None = answer.usage()
+        if self._fault.usage:
+            self._usage = faults.bad_usage(self._fault.usage, answer.usage())
         self._response = web.StreamResponse(headers={"x-request-id": "req_" + answer.identity, **self._fault.headers})
         self._buffer: list[bytes] = []
         self._tokens = 0  # in the buffer
@@ -117,7 +119,7 @@ class Player:
         elif how == "reset":
             raw: Any = transport.get_extra_info("socket")
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            transport.abort()  # type: ignore[attr-defined]  # a Transport; aiohttp's annotation names its base
+            transport.abort()
         else:
             transport.close()
 

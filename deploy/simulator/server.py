@@ -11,6 +11,7 @@ from typing import Final
 import msgspec
 import orjson
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
 from deploy.simulator import wanted
 from deploy.simulator.answer import CREATED, Answer
@@ -97,7 +98,7 @@ async def _models(request: web.Request) -> web.Response:
 
 
 @web.middleware
-async def _shape(request: web.Request, handler: web.Handler) -> web.StreamResponse:
+async def _shape(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Errors of the framework in the provider's words; a client that left needs no answer."""
     try:
         return await handler(request)
