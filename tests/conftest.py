@@ -34,3 +34,17 @@ def simulator() -> Iterator[Sim]:
     """A simulator as its own process, for tests that need no Hotpath in front of it."""
     with running_simulator() as sim:
         yield sim
+
+
+@pytest.fixture(scope="session")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Up"]:
+    """Hotpath as `hotpath up` starts it, with four guardians and two providers, shared by tests/e2e and tests/interop.
+
+    The circuit never opens here (the mixed load breaks many calls on purpose; tests/e2e/test_faults.py looks at the
+    breaker), and a lease ends 1 s after its deadline, so that a test can wait for it.
+    """
+    from tests.e2e.rig import Up  # noqa: PLC0415 - only these tests need the whole machinery
+
+    settings = {"CIRCUIT_FAILURE_THRESHOLD": "1000000", "LEDGER_LEASE_GRACE_MS": "1000"}
+    with Up(tmp_path_factory.mktemp("up"), "--scale", "guardian=4,provider=2", env=settings) as running:
+        yield running

@@ -22,6 +22,11 @@ pytestmark = pytest.mark.interop
 
 @pytest.fixture(scope="session")
 def packages() -> None:
+    """The packages of the lock file."""
+    install()
+
+
+def install() -> None:
     """`npm ci`, unless what is installed is already what the lock file says."""
     lock = HERE / "package-lock.json"
     installed = HERE / "node_modules" / ".package-lock.json"
@@ -160,7 +165,7 @@ def test_ai_stream(ai_js: dict[str, Any]) -> None:
     assert answer["text"] == ai_js["generate"]["text"]
     assert answer["finishReason"] == "stop"
     assert answer["usage"]["outputTokens"] == 8
-    assert answer["metadata"]["hotpath"]["usage"]["output_tokens"] == 8
+    assert answer["metadata"]["x_br"]["usage"]["output_tokens"] == 8
 
 
 @pytest.mark.parametrize("scenario", ["generate_tools", "stream_tools"])

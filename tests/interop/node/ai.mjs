@@ -9,14 +9,14 @@ import { apiKey, baseURL, describe, run, thrown } from "./scenarios.mjs";
 
 // the SDK's documented way to read fields that are not OpenAI's
 const metadataExtractor = {
-  extractMetadata: async ({ parsedBody }) => (parsedBody.x_br ? { hotpath: parsedBody.x_br } : undefined),
+  extractMetadata: async ({ parsedBody }) => (parsedBody.x_br ? { x_br: parsedBody.x_br } : undefined),
   createStreamExtractor() {
     let seen;
     return {
       processChunk(chunk) {
         seen = chunk?.x_br ?? seen;
       },
-      buildMetadata: () => (seen ? { hotpath: seen } : undefined),
+      buildMetadata: () => (seen ? { x_br: seen } : undefined),
     };
   },
 };

@@ -1,0 +1,42 @@
+"""Hotpath's books against the simulator's: what `hotpath ledger show` and `hotpath budget show` say of a tenant."""
+
+from typing import Any
+
+from msgspec import Struct
+
+from tests.e2e.rig import Up
+from tests.e2e.sim import until
+
+OUTPUT_NANO = 600  # nano-USD per output token of the simulator's paid models ($0.60 per million)
+
+
+class Entry(Struct, frozen=True):
+    """One upstream call in the ledger."""
+
+    rid: str
+    call: int
+    state: str
+    amount: int
+    cost: int
+    estimated: bool = False
+
+
+def entries(up: Up, tenant: str) -> dict[str, Entry]:
+    """Every call of a tenant by `<rid>.<call>`."""
+    found: list[dict[str, Any]] = up.cli("ledger", "show", tenant)["entries"]
+    made = [
+        Entry(raw["rid"], raw["call"], raw["state"], raw["amount"], raw["cost"], raw["estimated"]) for raw in found
+    ]
+    return {f"{entry.rid}.{entry.call}": entry for entry in made}
+
+
+def level(up: Up, tenant: str, period: str = "lifetime") -> dict[str, Any]:
+    """The tenant's row of `hotpath budget show` for a period."""
+    (row,) = [row for row in up.cli("budget", "show", tenant)["levels"] if row["period"] == period]
+    found: dict[str, Any] = row
+    return found
+
+
+def settled_level(up: Up, tenant: str, within: float) -> dict[str, Any]:
+    """The same once nothing is pending any more; the last row either way."""
+    return until(lambda: level(up, tenant), lambda row: row["pending"] == 0, within, every=0.1)
