@@ -41,7 +41,7 @@ class Dispatched(Struct, frozen=True, kw_only=True):
 
 
 class Level(Struct, frozen=True, kw_only=True):
-    """One row of `hotpath budget show`: nano-USD; `limit` None = no limit. `bucket` names the period, e.g. 2026-11-21."""
+    """One row of `hotpath budget show`: nano-USD; `limit` None = none. `bucket` names the period, e.g. 2026-11-21."""
 
     level: str
     period: Literal["day", "month", "lifetime"]
@@ -108,7 +108,7 @@ class Principal(Struct, frozen=True, kw_only=True):
 
 
 class Registry(Protocol):
-    """This process's copy of tenants and keys."""
+    """The process's own copy of tenants and keys."""
 
     @property
     def ready(self) -> bool:

@@ -1,0 +1,82 @@
+-- Put in front of every ledger script by scripts.py, after _balances.lua: entries, their calls, and what time does to them.
+
+local function load()
+  local raw = redis.call('HGET', entries, rid)
+  return raw and cmsgpack.unpack(raw)
+end
+
+-- When the entry is next due while it holds money; nil for a tombstone.
+local function due(entry)
+  if entry[STATE] == 'R' then return entry[DEADLINE] + grace end
+  local first
+  for i = CALLS + 1, #entry do
+    local call = entry[i]
+    local at = (call[CALL_STATE] == 'D' and entry[DEADLINE] + grace) or (call[CALL_STATE] == 'U' and call[DUE]) or nil
+    if at and (not first or at < first) then first = at end
+  end
+  return first
+end
+
+local function save(id, entry, rescore)
+  redis.call('HSET', entries, id, cmsgpack.pack(entry))
+  if rescore then redis.call('ZADD', leases, string.format('%.0f', due(entry) or now + tombstone), id) end
+end
+
+-- The call with the highest number, or nil: its holder owns the stream.
+local function newest(entry)
+  local top
+  for i = CALLS + 1, #entry do
+    if not top or entry[i][NUMBER] > top[NUMBER] then top = entry[i] end
+  end
+  return top
+end
+
+local function doubt(entry, call)
+  move(entry[DAY], 0, -call[CALL_AMOUNT], call[CALL_AMOUNT])
+  call[CALL_STATE], call[DUE] = 'U', now + unconfirmed
+end
+
+-- What the passing of time does to a due entry; true when it did something.
+local function lapse(entry)
+  local changed = false
+  if entry[STATE] == 'R' and entry[DEADLINE] + grace <= now then
+    move(entry[DAY], 0, -entry[AMOUNT], 0)
+    entry[STATE], entry[VOIDED], changed = 'V', math.max(entry[VOIDED], entry[DELIVERY]), true
+  end
+  for i = CALLS + 1, #entry do
+    local call = entry[i]
+    if call[CALL_STATE] == 'D' and entry[DEADLINE] + grace <= now then
+      doubt(entry, call)
+      changed = true
+    elseif call[CALL_STATE] == 'U' and call[DUE] <= now then
+      move(entry[DAY], call[CALL_AMOUNT], 0, -call[CALL_AMOUNT])
+      call[CALL_STATE], call[COST], call[ESTIMATED], changed = 'B', call[CALL_AMOUNT], 1, true
+    end
+  end
+  return changed
+end
+
+-- Sweeps at most 16 due entries; returns how many were due.
+local function sweep()
+  local ids = redis.call('ZRANGEBYSCORE', leases, '-inf', string.format('%.0f', now), 'LIMIT', 0, 16)
+  if #ids == 0 then return 0 end
+  local gone = {}
+  for i, raw in ipairs(redis.call('HMGET', entries, unpack(ids))) do
+    local entry = raw and cmsgpack.unpack(raw)
+    if entry and (lapse(entry) or due(entry)) then save(ids[i], entry, true) else gone[#gone + 1] = ids[i] end
+  end
+  if #gone > 0 then
+    redis.call('HDEL', entries, unpack(gone))
+    redis.call('ZREM', leases, unpack(gone))
+  end
+  return #ids
+end
+
+-- Opens a further call with its own amount, if the Plan has calls left and it fits (dispatch and topup).
+local function open(entry, number, amount, instance, delivery, max_calls)
+  if number > max_calls then return {'exhausted'} end
+  local left = move(entry[DAY], 0, amount, 0, true)
+  if left then return {'denied', left} end
+  entry[#entry + 1] = {number, 'D', amount, 0, 0, instance, delivery, 0}
+  return {'won', number}
+end

@@ -1,0 +1,174 @@
+"""State: the connections to Redis and everything that stands on them.
+
+Two connections, both our own pipeline on the hiredis parser: one for the hot calls, one for what has long replies or
+nobody waits for (registry, clock, admin). redis-py is left out of the processes: it costs 180 ms of CPU at each start
+and 27 MB in each process, and its retries would have to be switched off one by one.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from shared.settings import Settings
+from shared.state.admin import Admin, KeyInfo, NewKey
+from shared.state.base import StateUnavailable
+from shared.state.circuits import RedisCircuits
+from shared.state.clock import SharedClock
+from shared.state.keys import Period
+from shared.state.ledger import SCRIPTS, Entry, RedisLedger
+from shared.state.pipeline import Pipeline
+from shared.state.registry import RedisRegistry
+from shared.state.resp import pack
+from shared.state.scripts import Scripts
+
+#: How often the versions of registry and circuits are polled, since a notice may be lost, and the clock is sampled.
+POLL_S: Final = 0.5
+CLOCK_S: Final = 1.0
+
+_TIMEOUT: Final = 0.5
+_PING_TIMEOUT: Final = 0.25
+
+
+class State:
+    """The shared state of one process; made by `connect`, closed by `close`."""
+
+    ledger: RedisLedger
+    clock: SharedClock
+    registry: RedisRegistry
+    circuits: RedisCircuits
+
+    def __init__(self, settings: Settings) -> None:
+        greeting = tuple(pack((b"SCRIPT", b"LOAD", script.text)) for script in SCRIPTS.values())
+        self._hot = Pipeline(settings.redis_url, greeting=greeting)
+        self._side = Pipeline(settings.redis_url)
+        self._wake = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        scripts = Scripts(self._hot)
+        self._admin = Admin(self._side, pepper=settings.key_pepper)
+        self.clock = SharedClock()
+        self.ledger = RedisLedger(
+            self._hot,
+            scripts,
+            now=self.clock.now,
+            lease_grace_ms=settings.ledger_lease_grace_ms,
+            tombstone_ms=settings.ledger_tombstone_ms,
+            unconfirmed_ms=settings.ledger_unconfirmed_ms,
+            announce=self._admin.announce,
+        )
+        self.registry = RedisRegistry(
+            self._side,
+            pepper=settings.key_pepper,
+            bootstrap_key=settings.gateway_api_key,
+            monotonic=self.clock.monotonic,
+            wake=self._wake.set,
+        )
+        self.circuits = RedisCircuits(
+            self._side,
+            scripts,
+            threshold=settings.circuit_failure_threshold,
+            cooldown_ms=settings.circuit_breaker_cooldown_ms,
+            wake=self._wake.set,
+        )
+
+    @classmethod
+    async def connect(cls, settings: Settings) -> "State":
+        """Connect, learn the time, load the registry and the circuits. Raises StateUnavailable, ValueError (URL)."""
+        state = cls(settings)
+        try:
+            await state._hot.connect()
+            await state._side.connect()
+            await state._sample()
+            await state._poll()
+        except BaseException:  # also when cancelled: nothing may stay open
+            await state.close()
+            raise
+        return state
+
+    def run(self) -> None:
+        """Start the polling: the clock each second, registry and circuits each 500 ms or when told to refresh."""
+        loop = asyncio.get_running_loop()
+        self._tasks += [loop.create_task(self._keep_time()), loop.create_task(self._keep_polling())]
+
+    async def close(self) -> None:
+        """Stop the polling and close the connections."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.clear()
+        await self._hot.close()
+        await self._side.close()
+
+    @property
+    def available(self) -> bool:
+        """Whether the hot calls would be sent now (connected, and the gate open)."""
+        return self._hot.available
+
+    async def ping(self) -> bool:
+        """Whether Redis answers a PING on the hot connection within 250 ms."""
+        try:
+            await self._hot.execute(b"PING", within=_PING_TIMEOUT)
+        except StateUnavailable:
+            return False
+        return True
+
+    # ---- the admin calls: `hotpath keys`, `hotpath budget`, `hotpath ledger show` ------------------------------------
+
+    async def create_key(
+        self, tenant_name: str, limit: int | None = None, period: Period = "month", *, synthetic: bool = False
+    ) -> NewKey:
+        """See Admin.create_key."""
+        return await self._admin.create_key(tenant_name, limit, period, synthetic=synthetic)
+
+    async def list_keys(self) -> list[KeyInfo]:
+        """See Admin.list_keys."""
+        return await self._admin.list_keys()
+
+    async def revoke_key(self, key_id: str) -> bool:
+        """See Admin.revoke_key."""
+        return await self._admin.revoke_key(key_id)
+
+    async def tenant_by_name(self, name: str) -> str | None:
+        """See Admin.tenant_by_name."""
+        return await self._admin.tenant_by_name(name)
+
+    async def set_limit(self, tenant: str, period: Period, limit: int | None) -> None:
+        """Set or clear a tenant's limit in nano-USD. Raises ValueError, StateUnavailable."""
+        await self.ledger.set_limit(tenant=tenant, period=period, limit=limit)
+
+    async def entries(self, tenant: str) -> list[Entry]:
+        """What the ledger remembers of the tenant's calls."""
+        return await self.ledger.entries(tenant=tenant)
+
+    # ---- polling -----------------------------------------------------------------------------------------------------
+
+    async def _sample(self) -> None:
+        sent = self.clock.monotonic()
+        seconds, microseconds = await self._side.execute(b"TIME", within=_TIMEOUT)
+        self.clock.offer(sent, self.clock.monotonic(), int(seconds), int(microseconds))
+
+    async def _poll(self) -> None:
+        await self.registry.poll()
+        await self.circuits.poll()
+
+    async def _keep_time(self) -> None:
+        while True:
+            await asyncio.sleep(CLOCK_S)
+            await _unless_away(self._sample)
+
+    async def _keep_polling(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(POLL_S):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+            self._wake.clear()
+            await _unless_away(self._poll)
+
+
+async def _unless_away(act: Callable[[], Awaitable[None]]) -> None:
+    """The copy stays as it is while Redis is away; `registry.fresh` and the clock's age say so."""
+    try:
+        await act()
+    except StateUnavailable:
+        pass

@@ -1,0 +1,67 @@
+"""The Lua scripts: loaded from lua/ once, run by digest, loaded again into a server that forgot them (NOSCRIPT)."""
+
+import hashlib
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+from hiredis import ReplyError
+from msgspec import Struct
+
+from shared.state.base import StateUnavailable
+from shared.state.pipeline import Pipeline
+from shared.state.resp import pack
+
+_FOLDER: Final = Path(__file__).parent / "lua"
+#: What stands in front of each ledger script, in this order.
+_PRELUDE: Final = ("_balances", "_entries")
+
+
+class Script(Struct, frozen=True):
+    """One script: its whole text and the digest Redis knows it by."""
+
+    name: str
+    text: bytes
+    digest: bytes
+
+
+@cache
+def load(name: str, *, prelude: bool) -> Script:
+    """lua/<name>.lua; `prelude` puts the ledger's shared fragments between its shebang and its body."""
+    shebang, _, body = (_FOLDER / f"{name}.lua").read_text("utf-8").partition("\n")
+    shared = [(_FOLDER / f"{part}.lua").read_text("utf-8") for part in _PRELUDE] if prelude else []
+    text = "\n".join([shebang, *shared, body]).encode()
+    # Redis names scripts by their SHA-1: an address, not a safeguard
+    return Script(name, text, hashlib.sha1(text, usedforsecurity=False).hexdigest().encode())
+
+
+class Scripts:
+    """Runs scripts on the pipelined connection."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+        self._loading: set[bytes] = set()
+
+    async def run(self, script: Script, keys: tuple[bytes, ...], args: tuple[bytes | int, ...], within: float) -> Any:
+        """The script's answer. Raises StateUnavailable: no answer within so many seconds, or an error reply.
+
+        NOSCRIPT means that nothing ran, so loading the script and asking again is no retry in the ledger's sense.
+        """
+        pipeline = self._pipeline
+        command = pack((b"EVALSHA", script.digest, len(keys), *keys, *args))
+        give_up = pipeline.now() + within
+        reply = await pipeline.send(command, within)
+        if type(reply) is not ReplyError:
+            return reply
+        if str(reply).startswith("NOSCRIPT"):
+            # on one connection the load has run before the digest is looked up again; one load serves all who wait
+            if script.digest not in self._loading:
+                self._loading.add(script.digest)
+                pipeline.cast(pack((b"SCRIPT", b"LOAD", script.text)))
+            try:
+                reply = await pipeline.send(command, give_up - pipeline.now())
+            finally:
+                self._loading.discard(script.digest)
+        if type(reply) is ReplyError:
+            raise StateUnavailable(f"{script.name}: {reply}")
+        return reply
