@@ -1,0 +1,117 @@
+"""The interface between a provider's dialect and the shell that carries its bytes.
+
+A `Dialect` is made once; it makes one `Translator` for each upstream call, which is pure and belongs to that call:
+
+    request(...)        what to send
+    feed(payload)       one SSE payload in -> bytes ready for the client out (b"" = nothing yet)
+    finish(rest, stray) the bytes ended: raises unless the stream had ended well
+    tail(x_br)          what was held back until usage was known and the call settled
+    whole(body)         a whole answer
+    failure(...)        a status that is not 200
+
+Nothing here knows sockets, clocks or money.
+"""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from msgspec import Struct
+
+from shared.wire.messages import Ask, ErrorBody, Step
+
+Headers = tuple[tuple[str, str], ...]
+
+
+class Usage(Struct, frozen=True):
+    """The canonical record of what a call used, in tokens. `cached` is part of `prompt`; reasoning of `completion`.
+
+    Cache writes and audio get fields of their own when a dialect that bills them separately comes.
+    """
+
+    prompt: int
+    cached: int
+    completion: int
+
+
+class Request(Struct, frozen=True):
+    """One upstream request: `path` continues the endpoint's base URL; `headers` without those of the connection."""
+
+    path: str
+    headers: Headers
+    body: bytes
+
+
+class Failure(Struct, frozen=True):
+    """What an upstream's refusal means.
+
+    retryable: another endpoint may serve it (nothing was generated). same_endpoint: so may this one, after the
+    backoff. endpoint_fault: counts for the endpoint's circuit; a request that is wrong, or a rate limit, does not.
+    """
+
+    error: ErrorBody
+    retryable: bool
+    same_endpoint: bool
+    endpoint_fault: bool
+
+
+class UpstreamFailure(Exception):
+    """An upstream's own error inside a 200: an error object instead of an answer, or in the middle of a stream."""
+
+    def __init__(self, failure: Failure) -> None:
+        self.failure = failure
+        super().__init__(failure.error.message)
+
+
+class Translator(Protocol):
+    """One upstream call."""
+
+    #: Something that is billed as output came (or the end did): from here on no other endpoint may be tried.
+    started: bool
+    #: Every choice has its finish_reason: what is missing is at most the usage and the terminal.
+    finished: bool
+    #: The provider's own terminal came: whatever follows is ignored.
+    done: bool
+    #: As the provider billed it; None when absent or not to be believed.
+    usage: Usage | None
+
+    def request(self, ask: Ask, step: Step, cap: int, cap_field: str) -> Request:
+        """The client's body with the model's name there and the output cap; nothing else changed. Raises nothing: the
+        body is our own serialisation of a checked one."""
+
+    def feed(self, payload: bytes) -> bytes:
+        """Raises UpstreamInvalid (malformed) or UpstreamFailure (an error object)."""
+
+    def finish(self, rest: bytes, stray: bytes) -> bytes:
+        """The stream's bytes ended; `rest` and `stray` are the parser's. Raises UpstreamTruncated, UpstreamInvalid or
+        UpstreamFailure when it did not end well."""
+
+    def tail(self, x_br: bytes) -> bytes:
+        """What was held back; `x_br` (JSON, or b"") goes into its last chunk with a finish_reason (D5)."""
+
+    def whole(self, body: bytes) -> bytes:
+        """The client's JSON body of a whole answer. Raises UpstreamInvalid or UpstreamFailure."""
+
+    def whole_as_stream(self, body: bytes) -> bytes:
+        """A whole answer that came although a stream was asked for, as the events it should have been. Raises like
+        `whole`; leaves the translator as `feed` would."""
+
+    def failure(self, status: int, headers: Mapping[str, str], body: bytes) -> Failure:
+        """What a status other than 200 means. Header names in lower case; at most a few KiB of `body` are needed."""
+
+    def texts(self) -> list[tuple[str, int]]:
+        """What was generated so far, in pieces that tokenise on their own (a choice's text, a tool call's name, its
+        arguments), each with the number of deltas it came in: to be counted when the provider's usage is missing. A
+        server that sends a token at a time may cut where a tokenizer would not, so the larger number counts."""
+
+    def uncounted(self) -> int:
+        """Bytes of generated text beyond what `texts` keeps: count a token each (no token is shorter)."""
+
+
+class Dialect(Protocol):
+    """One kind of provider."""
+
+    def headers(self, key: str) -> Headers:
+        """The headers that are the same for every call to an endpoint with this key (authentication among them)."""
+
+    def translator(self, ask: Ask, secrets: tuple[str, ...]) -> Translator:
+        """A translator for one call; `secrets` never appear in any error it makes."""
