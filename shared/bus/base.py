@@ -39,7 +39,7 @@ class Bus(Protocol):
         """Largest payload in bytes."""
 
     def publish(self, subject: str, payload: bytes, reply: str = "") -> None:
-        """Send now (written to the socket in this turn of the loop). Raises BusUnavailable, PayloadTooLarge, BadSubject."""
+        """Send in this turn of the loop. Raises BusUnavailable, PayloadTooLarge, BadSubject: nothing was sent then."""
 
     async def subscribe(self, pattern: str, handler: Handler, queue: str = "") -> Subscription:
         """Deliver matching messages to `handler`; returns once the server has the subscription."""

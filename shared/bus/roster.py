@@ -87,7 +87,7 @@ class Roster:
             if gone:
                 return
 
-    def pick(self, now: float, skip: AbstractSet[str] = _NOBODY, dice: Dice = random) -> str | None:  # type: ignore[assignment]
+    def pick(self, now: float, skip: AbstractSet[str] = _NOBODY, dice: Dice = random) -> str | None:
         """The instance the next message goes to: alive, not draining, not in `skip`; None when there is none."""
         if now >= self._pool_until:
             self._fill(now)
@@ -123,8 +123,8 @@ class Roster:
             self._pool_until = float("-inf")
 
     def grace(self, now: float, stalled: float) -> None:
-        """This process's own loop stood still for `stalled` seconds until `now`: who was alive when that began gets one
-        beat to be heard, since the silence may be ours (DESIGN 3)."""
+        """Our own loop stood still for `stalled` seconds until `now`: who was alive when that began gets one beat to be
+        heard, since the silence may be ours (DESIGN 3)."""
         self._pool_until = float("-inf")
         for member in self._members.values():
             if now - stalled - member.heard < ALIVE_S:

@@ -52,3 +52,11 @@ def beat(role: str, instance: str) -> str:
 def inbox(instance: str, token: str) -> str:
     """The sender's own reply subject of one publish: NATS's 503 (no responders) comes back only here."""
     return f"{PREFIX}.inbox.{instance}.{token}"
+
+
+def answerable(reply: str) -> bool:
+    """Whether a liveness question may be answered there: an inbox of ours, or a direct publisher's reply subject.
+
+    Anybody who may ask may name any reply subject; without this a question would make its target publish elsewhere.
+    """
+    return reply.startswith((f"{PREFIX}.inbox.", f"{PREFIX}.reply.loadgen."))

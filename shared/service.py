@@ -1,0 +1,494 @@
+"""Run one process: settings, connections, checks, roles, beats, drain (DESIGN 1, 3).
+
+    main(Guardian)                     one role
+    main(Guardian, Routing, Provider)  several in one process, over the same subjects and the same code
+
+Boot: settings and catalogue (exit 78 when wrong) -> bus and state at once, tried for 10 s (exit 1) -> sizes checked,
+registry warm -> control and beats subscribed -> each role's `start` -> first beat, ready line. End: SIGTERM or SIGINT
+-> beats say draining -> each role's `drain` -> connections closed, exit 0; a second signal ends at once.
+"""
+
+import asyncio
+import base64
+import contextlib
+import gc
+import json
+import logging
+import os
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+
+import msgspec
+import uvloop
+
+from shared import catalog as catalogs
+from shared import settings as environment
+from shared.bus.base import Bus, BusUnavailable, PayloadTooLarge
+from shared.bus.nats import NatsBus
+from shared.bus.roster import BEAT_S, Roster
+from shared.bus.sender import Sender
+from shared.catalog import Catalog
+from shared.settings import Settings
+from shared.state.base import StateUnavailable
+from shared.state.redis import State
+from shared.telemetry.log import Log
+from shared.telemetry.metrics import Metrics, MetricsServer
+from shared.wire import subjects
+from shared.wire.messages import Beat, Cancel, Credit, decode_beat, decode_control, encode
+
+if TYPE_CHECKING:
+    from aiohttp import web
+
+
+EXIT_FAULT: Final = 1
+EXIT_CONFIG: Final = 78  # EX_CONFIG of sysexits.h: a supervisor need not try again
+CONNECT_S: Final = 10.0  # how long the first connection is tried
+RETRY_S: Final = 0.1
+ENVELOPE_BYTES: Final = 65_536  # what an envelope may add to the largest body (DESIGN 3)
+EARLY_BEATS: Final = 20  # the first 2 s: peers that boot at the same time find each other within 100 ms
+EARLY_BEAT_S: Final = 0.1
+STALL_LOOK_S: Final = 0.1  # with a look each 100 ms and 150 ms allowed, no stall over 250 ms goes unnoticed
+STALL_LATE_S: Final = 0.15
+DRAIN_MARGIN_S: Final = 5.0  # over the roles' own drain bounds, for settling and closing
+
+T = TypeVar("T")
+
+
+class BootError(Exception):
+    """The process cannot start; the message says why and what to do."""
+
+
+class Role(Protocol):
+    """What a worker or the ingress is to this file."""
+
+    name: str
+    watches: tuple[str, ...]  # roles whose beats it follows
+    capacity: int  # requests it takes at once, as told in its beats
+
+    def in_flight(self) -> int:
+        """Requests it has now."""
+
+    async def start(self, ctx: "Context") -> None:
+        """Subscribe; everything it needs is up. Raising ends the boot."""
+
+    def control(self, message: Cancel | Credit) -> None:
+        """A control message for this instance; must not block or raise."""
+
+    async def drain(self) -> None:
+        """Take nothing new, wait for what is in flight (bounded by the settings), settle."""
+
+
+@dataclass(slots=True)
+class Context:
+    """What a role may use. `bus`, `state`, `rosters` and `metrics` are shared by the roles of one process."""
+
+    settings: Settings
+    catalog: Catalog
+    bus: Bus
+    state: State
+    rosters: dict[str, Roster]
+    sender: Sender
+    role: str
+    instance: str
+    pid: int
+    log: logging.Logger
+    metrics: Metrics
+    started_at: float  # monotonic seconds, of the process's start
+    bus_listeners: list[Callable[[bool], None]] = field(default_factory=list)  # told when NATS goes and comes back
+    _server: MetricsServer | None = None
+
+    @property
+    def metrics_app(self) -> "web.Application":
+        """The aiohttp Application of the metrics port, to add routes to in `start`."""
+        assert self._server is not None
+        return self._server.app
+
+
+class ConnectBus(Protocol):
+    """`NatsBus.connect`, or a test's."""
+
+    def __call__(self, url: str, name: str, on_change: Callable[[bool], None]) -> Awaitable[Bus]:
+        """Raises BusUnavailable."""
+
+
+class Process:
+    """The roles of one process and what they share."""
+
+    def __init__(
+        self,
+        roles: list[Role],
+        settings: Settings,
+        catalog: Catalog,
+        log: Log,
+        *,
+        connect_bus: ConnectBus,
+        connect_state: Callable[[Settings], Awaitable[State]],
+        started_at: float,
+    ) -> None:
+        self._roles = roles
+        self._settings = settings
+        self._catalog = catalog
+        self._logs = log
+        self._connect_bus = connect_bus
+        self._connect_state = connect_state
+        self._started_at = started_at
+        self._instances = {role.name: new_instance() for role in roles}
+        self._log = log.role(roles[0].name, self._instances[roles[0].name])
+        self._rosters = {name: Roster(name) for role in roles for name in role.watches}
+        self._metrics = Metrics()
+        self._contexts: list[Context] = []
+        self._buses: dict[str, Bus] = {}
+        self._listeners: list[Callable[[bool], None]] = []
+        self._stop = asyncio.Event()
+        self._draining = False
+        self._beats_sent = 0
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._foreign = self._metrics.counter("messages_ignored_total", "Control and beats not understood", ("kind",))
+        self._stalls = self._metrics.counter("loop_stalls_total", "Times the event loop stood still over 250 ms")
+
+    # ---- boot
+
+    async def run(self) -> None:
+        """Boot, serve until a signal, drain. Raises BootError."""
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(self._on_loop_error)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop)
+        booting = asyncio.ensure_future(self._boot())
+        stopping = asyncio.ensure_future(self._stop.wait())
+        await asyncio.wait((booting, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if not booting.done():
+            booting.cancel()
+            await asyncio.wait((booting,))
+            return
+        try:
+            server, state = booting.result()
+        finally:
+            stopping.cancel()
+        self._log.info("ready", extra={"boot_ms": int((time.monotonic() - self._started_at) * 1000)})
+        await self._stop.wait()
+        await self._end(server, state)
+
+    async def _boot(self) -> tuple[MetricsServer, State]:
+        settings = self._settings
+        state, _ = await asyncio.gather(
+            self._patiently("Redis", "REDIS_URL", lambda: self._connect_state(settings)), self._connect_buses()
+        )
+        need = settings.max_body_bytes + ENVELOPE_BYTES
+        for bus in self._buses.values():
+            if bus.max_payload < need:
+                raise BootError(
+                    f"NATS takes messages up to {bus.max_payload} bytes, MAX_BODY_BYTES={settings.max_body_bytes} needs"
+                    f" {need}: raise max_payload in the server's configuration, or lower MAX_BODY_BYTES"
+                )
+        state.run()
+        if not state.registry.ready:  # connect loads it: tenants and keys are here before anybody is told that we are
+            raise BootError("the registry of tenants and keys was not loaded: look at Redis's log")
+        try:
+            server = MetricsServer(self._metrics, settings.metrics_host, settings.metrics_port, settings.admin_api_key)
+        except OSError as error:
+            raise BootError(
+                f"cannot serve metrics on {settings.metrics_host}:{settings.metrics_port} ({error.strerror}):"
+                " set METRICS_PORT=0 for a free port"
+            ) from error
+        self._register_metrics()
+        for role in self._roles:
+            self._contexts.append(self._context(role, state, server))
+        await self._subscribe(state)
+        for role, ctx in zip(self._roles, self._contexts, strict=True):
+            await ctx.sender.start()
+            await role.start(ctx)
+        server.start()
+        gc.collect()
+        gc.freeze()  # what is loaded now lives as long as the process: full collections need not walk it
+        self._beat(server.url)
+        self._look_for_stall(time.monotonic())
+        self._say_ready(server.url)
+        return server, state
+
+    async def _connect_buses(self) -> None:
+        """One connection for each user among the roles (one in all while they share a user)."""
+        for role in self._roles:
+            url = self._settings.nats_url_for(role.name)
+            if url not in self._buses:
+                name = f"{role.name}.{self._instances[role.name]}"
+                setting = "NATS_URL" if url == self._settings.nats_url else f"NATS_URL_{role.name.upper()}"
+                self._buses[url] = await self._patiently(
+                    "NATS",
+                    setting,
+                    lambda url=url, name=name: self._connect_bus(url, name, self._on_bus),  # type: ignore[misc]
+                )
+
+    async def _patiently(self, what: str, setting: str, connect: Callable[[], Awaitable[T]]) -> T:
+        """Try to connect until CONNECT_S are over, saying so once a second. Raises BootError."""
+        end = time.monotonic() + CONNECT_S
+        say_at = time.monotonic()
+        while True:
+            try:
+                return await connect()
+            except ValueError as error:
+                raise BootError(f"{setting} is not usable: {self._logs.redactor.clean(str(error))}") from error
+            except (BusUnavailable, StateUnavailable, OSError) as error:
+                now = time.monotonic()
+                reason = self._logs.redactor.clean(str(error) or type(error).__name__)
+                if now >= end:
+                    raise BootError(
+                        f"{what} did not answer within {CONNECT_S:.0f} s ({reason}): is it running? is {setting} right?"
+                    ) from error
+                if now >= say_at:
+                    self._log.warning("waiting for %s", what, extra={"error": reason, "left_s": round(end - now, 1)})
+                    say_at = now + 1
+            await asyncio.sleep(RETRY_S)
+
+    def _context(self, role: Role, state: State, server: MetricsServer) -> Context:
+        instance = self._instances[role.name]
+        bus = self._buses[self._settings.nats_url_for(role.name)]
+        return Context(
+            settings=self._settings,
+            catalog=self._catalog,
+            bus=bus,
+            state=state,
+            rosters=self._rosters,
+            sender=Sender(bus, instance, self._rosters),
+            role=role.name,
+            instance=instance,
+            pid=os.getpid(),
+            log=self._logs.role(role.name, instance),
+            metrics=self._metrics,
+            started_at=self._started_at,
+            bus_listeners=self._listeners,
+            _server=server,
+        )
+
+    def _register_metrics(self) -> None:
+        connected = self._metrics.gauge("bus_connected", "1 while NATS is connected")
+        connected.set_function(lambda: float(all(bus.connected for bus in self._buses.values())))
+        dropped = self._metrics.gauge("log_lines_dropped", "Log lines lost to a full queue or disk")
+        dropped.set_function(lambda: float(self._logs.handler.dropped))
+        in_flight = self._metrics.gauge("in_flight", "Requests in flight", ("role",))
+        alive = self._metrics.gauge("instances_alive", "Live instances as this process sees them", ("role",))
+        for role in self._roles:
+            in_flight.labels(role.name).set_function(role.in_flight)
+        for roster in self._rosters.values():
+            alive.labels(roster.role).set_function(partial(_count_alive, roster))
+
+    # ---- subscriptions
+
+    async def _subscribe(self, state: State) -> None:
+        first = self._contexts[0].bus
+
+        def on_registry(_subject: str, _reply: str, _payload: bytes, _no_responders: bool) -> None:
+            state.registry.refresh_soon()
+
+        def on_circuit(_subject: str, _reply: str, _payload: bytes, _no_responders: bool) -> None:
+            state.circuits.refresh_soon()
+
+        await first.subscribe(subjects.NOTICE_REGISTRY, on_registry)
+        await first.subscribe(subjects.NOTICE_CIRCUIT, on_circuit)
+        for name in self._rosters:
+            await first.subscribe(subjects.beat(name, "*"), self._on_beat)
+        for role, ctx in zip(self._roles, self._contexts, strict=True):
+            await ctx.bus.subscribe(subjects.control(ctx.instance), self._control_handler(role, ctx))
+
+    def _on_beat(self, subject: str, _reply: str, payload: bytes, _no_responders: bool) -> None:
+        try:
+            beat = decode_beat(payload)
+        except msgspec.DecodeError:
+            self._foreign.labels("beat").inc()
+            return
+        # The subject says who may have sent it (NATS's allow-lists), the payload must agree.
+        if subject != subjects.beat(beat.role, beat.instance):
+            self._foreign.labels("beat").inc()
+            return
+        self._rosters[beat.role].on_beat(beat, time.monotonic())
+
+    def _control_handler(self, role: Role, ctx: Context) -> Callable[[str, str, bytes, bool], None]:
+        def on_control(_subject: str, reply: str, payload: bytes, _no_responders: bool) -> None:
+            if not payload:
+                if subjects.answerable(reply):
+                    with contextlib.suppress(BusUnavailable):
+                        ctx.bus.publish(reply, b"")
+                return
+            try:
+                message = decode_control(payload)
+            except msgspec.DecodeError:
+                self._foreign.labels("control").inc()
+                return
+            role.control(message)
+
+        return on_control
+
+    # ---- life
+
+    def _beat(self, url: str) -> None:
+        """Say that we live; called again by itself."""
+        early = self._beats_sent < EARLY_BEATS and not self._draining
+        self._timers["beat"] = asyncio.get_running_loop().call_later(EARLY_BEAT_S if early else BEAT_S, self._beat, url)
+        self._beats_sent += 1
+        now = time.monotonic()
+        for role, ctx in zip(self._roles, self._contexts, strict=True):
+            ctx.sender.sweep(now)
+            beat = Beat(
+                role=role.name,
+                instance=ctx.instance,
+                pid=ctx.pid,
+                in_flight=role.in_flight(),
+                capacity=role.capacity,
+                draining=self._draining,
+                metrics=url,
+            )
+            with contextlib.suppress(BusUnavailable, PayloadTooLarge):  # silence is what the others should hear then
+                ctx.bus.publish(subjects.beat(role.name, ctx.instance), encode(beat))
+
+    def _look_for_stall(self, due: float) -> None:
+        now = time.monotonic()
+        late = now - due
+        if late > STALL_LATE_S:
+            stalled = late + STALL_LOOK_S
+            for roster in self._rosters.values():
+                roster.grace(now, stalled)
+            self._stalls.inc()
+            self._log.warning("the event loop stood still", extra={"ms": int(late * 1000)})
+        self._timers["stall"] = asyncio.get_running_loop().call_later(
+            STALL_LOOK_S, self._look_for_stall, now + STALL_LOOK_S
+        )
+
+    def _on_bus(self, connected: bool) -> None:
+        if connected:
+            self._log.info("bus connected again")
+            if "beat" in self._timers:  # the others hear of us at once
+                self._timers.pop("beat").cancel()
+                self._beat(self._url)
+        else:
+            self._log.error("bus disconnected")
+        for listener in self._listeners:
+            listener(connected)
+
+    def _say_ready(self, url: str) -> None:
+        self._url = url
+        descriptor = self._settings.hotpath_ready_fd
+        if descriptor < 0:
+            return
+        lines = [
+            json.dumps({"role": ctx.role, "instance": ctx.instance, "pid": ctx.pid, "metrics": url}) + "\n"
+            for ctx in self._contexts
+        ]
+        try:
+            os.write(descriptor, "".join(lines).encode())
+            os.close(descriptor)
+        except OSError as error:
+            self._log.warning("nobody reads HOTPATH_READY_FD", extra={"error": str(error)})
+
+    def _on_loop_error(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        self._log.error(
+            context.get("message", "event loop error"),
+            exc_info=(type(error), error, error.__traceback__) if error is not None else None,
+        )
+
+    # ---- end
+
+    def stop(self) -> None:
+        """Begin to drain; called again, end at once."""
+        if self._stop.is_set():
+            self._log.warning("second signal: ending at once, without draining")
+            self._logs.close()
+            os._exit(EXIT_FAULT)
+        self._stop.set()
+
+    async def _end(self, server: MetricsServer, state: State) -> None:
+        self._draining = True
+        self._log.info("draining", extra={"in_flight": sum(role.in_flight() for role in self._roles)})
+        self._timers.pop("beat").cancel()
+        self._beat(server.url)
+        bound = max(self._settings.shutdown_drain_ms, self._settings.shutdown_stream_drain_ms) / 1000 + DRAIN_MARGIN_S
+        drains = [asyncio.ensure_future(role.drain()) for role in self._roles]
+        done, late = await asyncio.wait(drains, timeout=bound)
+        for task in late:
+            task.cancel()
+        for task in done:
+            if (error := task.exception()) is not None:
+                self._log.error("drain failed", exc_info=(type(error), error, error.__traceback__))
+        for timer in self._timers.values():
+            timer.cancel()
+        await server.close()
+        for bus in self._buses.values():
+            await bus.close()
+        await state.close()
+        self._log.info("ended", extra={"undrained": len(late)})
+
+
+def _count_alive(roster: Roster) -> int:
+    return len(roster.alive(time.monotonic()))
+
+
+def new_instance() -> str:
+    """A new instance id: 60 random bits as 12 characters of a-z and 2-7."""
+    return base64.b32encode(secrets.token_bytes(8))[:12].decode().lower()
+
+
+def main(*factories: Callable[[], Role]) -> None:
+    """Process entry: run the roles until a signal. Exits with 0, 78 (settings, catalogue) or 1."""
+    main_of(lambda _settings: factories)
+
+
+def main_of(choose: Callable[[Settings], Iterable[Callable[[], Role]]]) -> None:
+    """The same for roles that the settings name."""
+    sys.exit(_run(choose, os.environ, time.monotonic()))
+
+
+def _run(choose: Callable[[Settings], Iterable[Callable[[], Role]]], env: Mapping[str, str], started_at: float) -> int:
+    try:
+        settings = environment.load(env)
+        catalog = catalogs.load(settings.hotpath_catalog, env)
+    except (environment.SettingsError, catalogs.CatalogError) as error:
+        sys.stderr.write(f"{error}\n")
+        return EXIT_CONFIG
+    log = Log(settings.log_level, _secrets(settings, catalog))
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve(choose, settings, catalog, log, started_at))
+    except BootError as error:
+        sys.stderr.write(log.redactor.clean(f"{error}\n"))
+        return EXIT_FAULT
+    except Exception:  # the process's door: whatever it was becomes one log line and an exit code
+        logging.getLogger("hotpath").critical("the process failed", exc_info=True)
+        return EXIT_FAULT
+    finally:
+        log.close()
+    return 0
+
+
+async def _serve(
+    choose: Callable[[Settings], Iterable[Callable[[], Role]]],
+    settings: Settings,
+    catalog: Catalog,
+    log: Log,
+    started_at: float,
+) -> None:
+    process = Process(
+        [factory() for factory in choose(settings)],
+        settings,
+        catalog,
+        log,
+        connect_bus=NatsBus.connect,
+        connect_state=State.connect,
+        started_at=started_at,
+    )
+    await process.run()
+
+
+def _secrets(settings: Settings, catalog: Catalog) -> Iterator[str]:
+    yield from (settings.gateway_api_key, settings.key_pepper, settings.admin_api_key)
+    yield from (endpoint.key for endpoint in catalog.endpoints.values())
+    for name in settings.__struct_fields__:
+        if "_url" in name and "@" in (url := getattr(settings, name)):
+            user = url.partition("://")[2].rpartition("@")[0]
+            yield user
+            yield user.partition(":")[2]
