@@ -31,7 +31,7 @@ async def http() -> AsyncIterator[aiohttp.ClientSession]:
 
 @pytest.fixture
 def tenant(up: Up) -> Callable[..., dict[str, Any]]:
-    """Makes a tenant with a key: {"tenant", "key", "key_id", "tenant_id"}; takes further `hotpath keys create` options."""
+    """Makes a tenant and a key, with `hotpath keys create` options: {"tenant", "key", "key_id", "tenant_id"}."""
 
     def make(*options: str) -> dict[str, Any]:
         name = f"t{next(_numbers)}"

@@ -1,4 +1,4 @@
-"""A plain HTTP client for the end-to-end tests: it keeps every byte, leaves when told to, and knows what a terminal is."""
+"""A plain HTTP client for the end-to-end tests: it keeps every byte, leaves when told to, and knows a terminal."""
 
 import asyncio
 import json
@@ -15,7 +15,7 @@ class Seen(Struct, kw_only=True):
     """What one client saw."""
 
     status: int = 0  # 0: it left before there was one
-    headers: dict[str, str] = {}  # noqa: RUF012 - msgspec copies an empty default
+    headers: dict[str, str] = {}
     body: bytes = b""
     left: bool = False  # the client went away on purpose
     broken: bool = False  # the connection ended before the body did

@@ -17,7 +17,7 @@ class Case(Struct, kw_only=True):
     kind: str
     prompt: str
     model: str = "sim-fast"
-    body: dict[str, Any] = {}  # noqa: RUF012 - msgspec copies an empty default
+    body: dict[str, Any] = {}
     leave_after: float | None = None
     leave_at: int | None = None
     cut: bool = False

@@ -58,11 +58,16 @@ async def _read(reader: asyncio.StreamReader) -> Answer:
 
 
 def post(
-    key: str, body: bytes, *, path: str = "/v1/chat/completions", headers: tuple[bytes, ...] = (), kind: str | None = None
+    key: str,
+    body: bytes,
+    *,
+    path: str = "/v1/chat/completions",
+    headers: tuple[bytes, ...] = (),
+    kind: str = "application/json",
 ) -> bytes:
     """A well-formed POST with this body; further header lines as they stand."""
     lines = [
         f"POST {path} HTTP/1.1".encode(), b"Host: x", f"Authorization: Bearer {key}".encode(),
-        f"Content-Type: {kind or 'application/json'}".encode(), f"Content-Length: {len(body)}".encode(), *headers,
+        f"Content-Type: {kind}".encode(), f"Content-Length: {len(body)}".encode(), *headers,
     ]  # fmt: skip
     return b"\r\n".join(lines) + b"\r\n\r\n" + body

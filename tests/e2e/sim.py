@@ -57,9 +57,10 @@ class Sim:
         try:
             self.call(f"/_sim/wait?{query}&ms={within_ms}")
         except urllib.error.HTTPError as error:
-            with error:
-                assert error.code == 408, error.read()
-            return False
+            error.close()
+            if error.code == 408:
+                return False
+            raise
         return True
 
     def reset(self) -> None:

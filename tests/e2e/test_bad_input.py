@@ -192,7 +192,9 @@ async def test_sizes_and_types(up: Up, sim: Sim, watch: Watch, client: Client) -
 
 # ---- B: framing ------------------------------------------------------------------------------------------------------
 
-HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\nContent-Type: application/json\r\n"
+HEAD = (
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\nContent-Type: application/json\r\n"
+)
 
 FRAMING: dict[str, bytes] = {
     "48 both lengths": b"Content-Length: 24\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
@@ -227,7 +229,8 @@ async def test_framing(up: Up, sim: Sim, watch: Watch, client: Client) -> None:
                 assert b"HTTP/1.1 200" not in answer.rest
         except AssertionError as error:
             raise AssertionError(name) from error
-    for junk in (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"\x00\xff" * 50):
+    hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"
+    for junk in (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", hello, b"\x00\xff" * 50):
         answer = await exchange(up.url, junk + b"\r\n\r\n", half_close=True)
         assert answer.status in {0, 400, 405}, (junk, answer)
     await check_nothing_happened(up, sim, watch, client)
@@ -300,7 +303,7 @@ async def test_ids_and_timeouts(up: Up, sim: Sim) -> None:
             check_error(answer, {400})
 
 
-# ---- D and E: names and destinations -----------------------------------------------------------------------------------
+# ---- D and E: names and destinations ---------------------------------------------------------------------------------
 
 NAMES = [
     "gpt 4", "gpt 4 x", "a\r\nPUB admin.reset 0\r\n\r\n", "a\tb", "*", ">", "a.>", "a..b", ".a", "a.",

@@ -55,7 +55,7 @@ async def crowd(client: Client, sim: Sim, body: dict[str, Any]) -> list[Seen]:
 
 @pytest.mark.parametrize(
     ("fit", "spare", "body"),
-    [(137, 0.0, {"max_tokens": 4000}), (41, 0.5, {"max_tokens": 9000, "stream": True})],
+    [(137, 0.0, {"max_tokens": 4000}), (41, 0.5, {"max_tokens": 2500, "stream": True})],
     ids=["137", "41 and a half"],
 )
 async def test_exactly_so_many(

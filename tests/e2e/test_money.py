@@ -75,7 +75,7 @@ def check_call(entry: Entry, line: dict[str, Any], inexact: bool) -> None:
 
 @pytest.mark.timeout(90 if REQUESTS == 2_000 else 1200)
 async def test_settled_is_the_bill(up: Up, sim: Sim, tenant: Callable[..., Any], http: Any) -> None:
-    """Settled == the bill to the nano-USD where usage was seen; the rest is estimated, above, and no more than was cut."""
+    """Settled == the bill to the nano-USD where usage was seen; the rest is estimated, above, and no more than cut."""
     made = await asyncio.to_thread(tenant)
     tally = await load(Client(http, up.url, made["key"]), REQUESTS, seed=20)
     for name, count in sorted(tally.count().items()):
@@ -99,7 +99,8 @@ async def test_settled_is_the_bill(up: Up, sim: Sim, tenant: Callable[..., Any],
             assert entry.cost == 0, (entry, by_rid.get(entry.rid))
 
     estimated = [label for label, entry in booked.items() if entry.estimated]
-    over = [(booked[label].cost - lines[label]["cost_nano_usd"]) // OUTPUT_NANO for label in estimated if label in lines]
+    billed = [label for label in estimated if label in lines]
+    over = [(booked[label].cost - lines[label]["cost_nano_usd"]) // OUTPUT_NANO for label in billed]
     off = sum(case.cut or seen.left for case, seen in tally.done)
     states = Counter(entry.state for entry in booked.values())
     print(f"{len(booked)} calls booked {dict(states)}, {len(lines)} billed, {len(estimated)} estimated")

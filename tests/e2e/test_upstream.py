@@ -4,7 +4,6 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 from typing import Any
 
 import openai
@@ -62,7 +61,7 @@ def provider(simulator: Sim) -> Sim:
 @pytest.fixture(scope="module")
 def faulty(provider: Sim, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     """A Hotpath whose catalogue names the endpoints above, with short timers."""
-    directory: Path = tmp_path_factory.mktemp("faulty")
+    directory = tmp_path_factory.mktemp("faulty")
     written = directory / "catalog.toml"
     written.write_text(catalogue(provider.url))
     env = {
@@ -95,7 +94,7 @@ async def booked(up: Up, rid: str) -> list[tuple[int, int]]:
     return sorted((entry.call, entry.cost) for entry in found.values() if entry.rid == rid)
 
 
-# ---- fallback ---------------------------------------------------------------------------------------------------------
+# ---- fallback --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -240,7 +239,7 @@ async def test_keep_alives(provider: Sim, faulty: Up, client: Client) -> None:
 
 
 async def test_fallback_after_the_headers_went_out(provider: Sim, client: Client) -> None:
-    """The headers are gone, the first token is not: the next endpoint may still serve; the values come in x_br (D11)."""
+    """The headers are gone, the first token is not: the next endpoint may still serve; x_br has the values (D11)."""
     strike(provider, "slow-1", status=500, delay_ms=800)
     seen = await client.chat("[[sim chunks=5]]", model="pair-slow", stream=True)
     assert seen.ended_well

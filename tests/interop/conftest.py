@@ -2,7 +2,6 @@
 
 import pytest
 
-from tests.e2e.sim import Sim
 from tests.interop.target import Target, target_of, with_v1
 
 
@@ -12,7 +11,7 @@ def target(request: pytest.FixtureRequest) -> Target:
     if request.param == "hotpath":
         hotpath: Target = request.getfixturevalue("hotpath")
         return hotpath
-    simulator: Sim = request.getfixturevalue("simulator")
+    simulator = request.getfixturevalue("simulator")
     return Target(with_v1(simulator.url), "any", simulator, gateway=False)
 
 

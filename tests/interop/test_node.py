@@ -132,7 +132,9 @@ def test_openai_abort(openai_js: dict[str, Any], hotpath: Target) -> None:
         ("bad_request", "BadRequestError", 400, None),
     ],
 )
-def test_openai_errors(openai_js: dict[str, Any], scenario: str, kind: str, status: int | None, code: str | None) -> None:
+def test_openai_errors(
+    openai_js: dict[str, Any], scenario: str, kind: str, status: int | None, code: str | None
+) -> None:
     """Errors arrive as the SDK's own classes."""
     error = openai_js[scenario]
     assert error["class"] == kind
