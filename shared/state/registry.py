@@ -140,6 +140,30 @@ class RedisRegistry:
             self._unknown[wanted] = self._monotonic() + UNKNOWN_S
         return self.authenticate(token)
 
+    async def find(self, tenant: str, key: str) -> Principal | None:
+        """As `lookup`, asking Redis once for ids this copy does not have: the ingress may know a key made a moment ago.
+
+        Raises StateUnavailable (503, not 401), also when too many are looked up at once.
+        """
+        principal, wanted = self.lookup(tenant, key), f"{tenant}:{key}".encode()
+        if principal is not None or not keys.OPAQUE.fullmatch(tenant) or not keys.OPAQUE.fullmatch(key):
+            return principal
+        if self._unknown.get(wanted, 0.0) > self._monotonic():
+            return None
+        if self._fetching >= FETCHES:
+            raise StateUnavailable("too many unknown keys are being looked up")
+        self._fetching += 1
+        try:
+            await self._load([tenant])
+        finally:
+            self._fetching -= 1
+        principal = self.lookup(tenant, key)
+        if principal is None:
+            if len(self._unknown) >= UNKNOWN_KEPT:
+                self._unknown.clear()
+            self._unknown[wanted] = self._monotonic() + UNKNOWN_S
+        return principal
+
     async def poll(self) -> None:
         """Read what changed since the last poll; all at first, or after Redis lost data. Raises StateUnavailable."""
         version = int(await self._pipeline.execute(b"GET", keys.REGISTRY_VERSION, within=_TIMEOUT) or 0)

@@ -1,0 +1,315 @@
+"""Consumes `guardian.<instance>` (from the ingress) and `admit` (direct publishers): assess, reserve, forward.
+
+One Lua call per request and no other await before the forward (DESIGN 5): everything else is local. Money fails closed
+for a tenant with a limit and open, marked `degraded`, for one without (D4). Whatever ends here is told to the asker in
+one Failed frame, and what was reserved is given back.
+"""
+
+import asyncio
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+from msgspec import Struct
+
+from shared.bus import replies
+from shared.bus.base import BadSubject, BusUnavailable, PayloadTooLarge, Subscription
+from shared.bus.sender import NoLiveInstance
+from shared.core import tokens
+from shared.core.head import guardian_head
+from shared.core.money import show_usd
+from shared.state.base import Principal, Reserved, StateUnavailable
+from shared.state.voids import Voids
+from shared.wire import subjects
+from shared.wire.errors import (
+    BusDown,
+    ClientError,
+    DeadlineExceeded,
+    Forbidden,
+    HotpathError,
+    InsufficientBudget,
+    LedgerDown,
+    ModelNotFound,
+    NoWorker,
+    Overloaded,
+    RegistryDown,
+    TooLarge,
+    Unauthorized,
+    quote,
+)
+from shared.wire.messages import Admission, Ask, Cancel, Credit, Hop, Route, decode_admit, encode
+from workers.guardian import envelope
+from workers.guardian.assess import assess, assess_blind
+
+if TYPE_CHECKING:
+    from shared.service import Context
+
+RESERVE_MS: Final = 100  # a reserve that runs later than this is refused by the ledger (DESIGN 4)
+SWEEP_S: Final = 1.0  # expired leases of idle tenants (I3: lease + 5 s)
+COMPLAIN_S: Final = 5.0  # at most one log line about unreadable messages in this time
+
+#: What a decoder may raise for bytes that are not ours; RecursionError for deep nesting in a field it skips.
+UNREADABLE: Final = (msgspec.MsgspecError, ValueError, RecursionError)
+
+
+class _Pending(Struct, kw_only=True):
+    """One request between its message and its forward."""
+
+    ask: Ask
+    admission: Admission
+    limited: bool
+    at: int  # shared-clock ms it came at
+    began: float = 0.0  # perf_counter at the same moment
+    hops: tuple[Hop, ...] = ()  # of those before
+
+
+class Guardian:
+    """The guardian's role for `shared.service`."""
+
+    name = "guardian"
+    watches: tuple[str, ...] = ("routing",)
+
+    def __init__(self) -> None:
+        self.capacity = 0
+        self.unreadable = 0
+        self._complained = 0.0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._subscriptions: list[Subscription] = []
+        self._sweeper: asyncio.Task[None] | None = None
+
+    def in_flight(self) -> int:
+        """Requests whose reservation is being made."""
+        return len(self._tasks)
+
+    def control(self, message: Cancel | Credit) -> None:
+        """Nothing: a request is here for one round trip to Redis, and its provider hears the cancel itself."""
+
+    async def start(self, ctx: "Context") -> None:
+        """Load the token tables, subscribe, begin to sweep."""
+        self._ctx = ctx
+        self._times = envelope.Times.of(ctx.settings)
+        self._floor = ctx.settings.budget_min_reservation
+        self._voids = Voids(ctx.state.ledger)
+        self._loop = asyncio.get_running_loop()
+        self.capacity = ctx.settings.max_in_flight
+        outcomes = ctx.metrics.counter("guardian_requests", "Requests by how the guardian ended them.", ("outcome",))
+        self._count = outcomes.labels
+        self._forwarded = outcomes.labels("forwarded")
+        for encoding in {model.encoding for model in ctx.catalog.models.values()}:
+            tokens.warm(encoding)
+        own = subjects.worker(self.name, ctx.instance)
+        self._subscriptions = [
+            await ctx.bus.subscribe(own, self._on_ingress),
+            await ctx.bus.subscribe(subjects.ADMIT, self._on_direct, subjects.ADMIT_GROUP),
+        ]
+        self._sweeper = self._loop.create_task(self._sweep())
+
+    async def drain(self) -> None:
+        """Take nothing more, finish what is under way."""
+        for subscription in self._subscriptions:
+            await subscription.drain()
+        timeout = self._ctx.settings.shutdown_drain_ms / 1000
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=timeout)
+        await self._voids.drain(timeout)
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+
+    # ---- taking ------------------------------------------------------------------------------------------------------
+
+    def _on_ingress(self, _subject: str, _reply: str, payload: bytes, _no_responders: bool) -> None:
+        self._take(payload, direct=False)
+
+    def _on_direct(self, _subject: str, _reply: str, payload: bytes, _no_responders: bool) -> None:
+        self._take(payload, direct=True)
+
+    def _take(self, payload: bytes, *, direct: bool) -> None:
+        began = time.perf_counter()
+        try:
+            admit = decode_admit(payload)
+        except UNREADABLE:
+            self._complain()
+            return
+        ask = admit.ask
+        if direct and not envelope.is_sane(ask):
+            self._complain()
+            return
+        hops = envelope.sane_hops(admit.hops) if direct else admit.hops
+        at = self._ctx.state.clock.now()
+        if len(self._tasks) >= self.capacity:
+            self._fail(ask, Overloaded(), hops)
+            return
+        task = self._loop.create_task(self._serve(ask, hops, at, began, direct=direct))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, ask: Ask, hops: tuple[Hop, ...], at: int, began: float, *, direct: bool) -> None:
+        """One request, whatever becomes of it."""
+        pending = None
+        try:
+            principal = self._ctx.state.registry.lookup(ask.tenant, ask.key) or await self._find(ask)
+            pending = self._decide(ask, principal, at, direct=direct)
+            pending.hops, pending.began = hops, began
+            await self._reserve(pending)
+        except HotpathError as exc:
+            self._fail(ask, exc, hops)
+        except Exception:  # the process's door: one request must not take the others with it
+            self._ctx.log.exception("a request failed", extra={"requestId": ask.label, "rid": ask.rid})
+            if pending is not None:
+                self._voids.void(pending.ask)
+            self._fail(ask, HotpathError(), hops)
+
+    async def _find(self, ask: Ask) -> Principal:
+        """A key made a moment ago, which the ingress knows already. Raises Unauthorized, RegistryDown."""
+        registry = self._ctx.state.registry
+        try:
+            principal = await registry.find(ask.tenant, ask.key)
+        except StateUnavailable as exc:
+            raise RegistryDown from exc
+        if principal is None:
+            raise Unauthorized if registry.fresh else RegistryDown
+        return principal
+
+    def _decide(self, ask: Ask, principal: Principal, at: int, *, direct: bool) -> _Pending:
+        """Everything before the ledger. Raises HotpathError."""
+        ctx = self._ctx
+        if envelope.RID.match(ask.rid) is None:
+            raise ClientError("rid must be 32 lower-case hex digits", param="rid")
+        if direct:
+            if not principal.synthetic:
+                raise Forbidden("Only tenants created with --synthetic may be used on the admit subject.")
+            ask = envelope.complete(ask, ctx.settings.max_body_bytes)
+        model = ctx.catalog.models.get(ask.model)
+        if model is None:
+            raise ModelNotFound(
+                f"The model {quote(ask.model)} does not exist here. GET /v1/models lists those that do."
+            )
+        deadline = envelope.deadline(ask, at, self._times)
+        if deadline <= at:
+            raise DeadlineExceeded
+        if deadline != ask.deadline:
+            ask = msgspec.structs.replace(ask, deadline=deadline)
+        try:
+            admission = assess(ask, model, self._floor)
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as exc:
+            ctx.log.warning("tokens could not be counted", extra={"rid": ask.rid, "error": repr(exc)[:200]})
+            admission = assess_blind(ask, model, self._floor)
+        return _Pending(ask=ask, admission=admission, limited=principal.limited, at=at)
+
+    # ---- reserving ---------------------------------------------------------------------------------------------------
+
+    async def _reserve(self, pending: _Pending) -> None:
+        ask = pending.ask
+        try:
+            answer = await self._ctx.state.ledger.reserve(
+                tenant=ask.tenant,
+                rid=ask.rid,
+                delivery=ask.delivery,
+                amount=pending.admission.amount,
+                deadline=ask.deadline,
+                not_after=self._ctx.state.clock.now() + RESERVE_MS,
+            )
+        except StateUnavailable:
+            self._voids.void(ask)  # it may have been applied all the same
+            self._without_ledger(pending)
+            return
+        if answer.status == "ok":
+            self._forward(pending, amount=answer.amount, reserved=True, status=pending.admission.status)
+        else:
+            self._on_unreserved(pending, answer)
+
+    def _on_unreserved(self, pending: _Pending, answer: Reserved) -> None:
+        if answer.status == "denied":
+            needed, left = show_usd(pending.admission.amount), show_usd(max(answer.left, 0))
+            text = f"The budget does not cover this request: it needs up to {needed}, {left} is left."
+            self._refuse(pending, InsufficientBudget(text))
+        elif answer.status == "late":
+            self._refuse(pending, DeadlineExceeded())
+        elif answer.status == "stale":  # Redis was away longer than the call waited; nothing was reserved
+            self._without_ledger(pending)
+        elif answer.status == "refused":  # this delivery was given up already; a later one has the stream
+            self._refuse(pending, NoWorker())
+        else:  # closed: the request is over, nobody listens
+            self._count("closed").inc()
+
+    def _without_ledger(self, pending: _Pending) -> None:
+        """D4: fail closed with a limit, open without one."""
+        if pending.limited:
+            self._refuse(pending, LedgerDown())
+        else:
+            self._forward(pending, amount=pending.admission.amount, reserved=False, status="degraded")
+
+    # ---- forwarding --------------------------------------------------------------------------------------------------
+
+    def _finish(self, pending: _Pending, *, amount: int, reserved: bool, status: str) -> tuple[Admission, Hop]:
+        """The admission with what was decided, and this process's hop."""
+        took = int((time.perf_counter() - pending.began) * 1_000_000)
+        was = pending.admission
+        admission = Admission(
+            reserved=reserved,
+            amount=amount,
+            estimate=was.estimate,
+            input_tokens=was.input_tokens,
+            output_cap=was.output_cap,
+            price=was.price,
+            status=status,
+            overhead_us=took,
+        )
+        return admission, Hop(self.name, self._ctx.instance, self._ctx.pid, pending.at, took)
+
+    def _forward(self, pending: _Pending, *, amount: int, reserved: bool, status: str) -> None:
+        ask = pending.ask
+        admission, hop = self._finish(pending, amount=amount, reserved=reserved, status=status)
+        hops = (*pending.hops, hop)
+        give_up = partial(self._give_up, ask, admission, hops)
+        try:
+            payload = encode(Route(ask=ask, admission=admission, hops=hops))
+            self._ctx.sender.send("routing", payload, on_undeliverable=partial(give_up, NoWorker()))
+        except NoLiveInstance:
+            give_up(NoWorker())
+        except PayloadTooLarge:
+            give_up(TooLarge())
+        except BusUnavailable:
+            give_up(BusDown())
+        else:
+            self._forwarded.inc()
+
+    def _give_up(self, ask: Ask, admission: Admission, hops: tuple[Hop, ...], error: HotpathError) -> None:
+        if admission.reserved:
+            self._voids.void(ask)
+        self._fail(ask, error, hops, guardian_head(admission))
+
+    def _refuse(self, pending: _Pending, error: HotpathError) -> None:
+        status = "degraded" if isinstance(error, LedgerDown) else pending.admission.status
+        admission, hop = self._finish(pending, amount=0, reserved=False, status=status)
+        self._fail(pending.ask, error, (*pending.hops, hop), guardian_head(admission))
+
+    def _fail(self, ask: Ask, error: HotpathError, hops: tuple[Hop, ...], head: dict[str, str] | None = None) -> None:
+        self._count(error.code).inc()
+        try:
+            replies.fail(self._ctx.bus, self.name, self._ctx.instance, ask, error, head=head, hops=hops)
+        except BadSubject:
+            self._complain()
+        except (BusUnavailable, PayloadTooLarge):
+            pass  # the asker's own timers tell it
+
+    # ---- beside ------------------------------------------------------------------------------------------------------
+
+    def _complain(self) -> None:
+        """Count a message that is not ours; say so now and then."""
+        self.unreadable += 1
+        self._count("unreadable").inc()
+        now = time.monotonic()
+        if now - self._complained >= COMPLAIN_S:
+            self._complained = now
+            self._ctx.log.warning("messages that could not be read were dropped", extra={"so_far": self.unreadable})
+
+    async def _sweep(self) -> None:
+        """Expire leases of tenants to which no request comes (I3); every guardian does, so one suffices (faults 20)."""
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            try:
+                await self._ctx.state.ledger.sweep(self._ctx.state.registry.tenants())
+            except StateUnavailable:
+                continue  # the next second asks again

@@ -1,0 +1,149 @@
+"""Consumes `routing.<instance>`: a Plan from the catalogue's order and the circuits, then on to a provider.
+
+Nothing is awaited and no task is made: circuits are read locally (S2-05). What ends here is told to the asker in one
+Failed frame, and the reservation is given back.
+"""
+
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from shared.bus import replies
+from shared.bus.base import BadSubject, BusUnavailable, PayloadTooLarge, Subscription
+from shared.bus.sender import NoLiveInstance
+from shared.core.head import guardian_head
+from shared.core.plan import make_plan, soonest
+from shared.state.voids import Voids
+from shared.wire import subjects
+from shared.wire.errors import BusDown, CircuitOpen, HotpathError, ModelNotFound, NoWorker, TooLarge, quote
+from shared.wire.messages import Call, Cancel, Credit, Hop, Plan, Route, decode_route, encode
+from workers.routing.learn import Learner
+
+if TYPE_CHECKING:
+    from shared.service import Context
+
+COMPLAIN_S: Final = 5.0  # at most one log line about unreadable messages in this time
+
+#: What a decoder may raise for bytes that are not ours; RecursionError for deep nesting in a field it skips.
+UNREADABLE: Final = (msgspec.MsgspecError, ValueError, RecursionError)
+_NOBODY: Final[frozenset[str]] = frozenset()
+
+
+class Routing:
+    """Routing's role for `shared.service`."""
+
+    name = "routing"
+    watches: tuple[str, ...] = ("provider",)
+
+    def __init__(self) -> None:
+        self.capacity = 0
+        self.unreadable = 0
+        self._complained = 0.0
+        self._subscriptions: list[Subscription] = []
+
+    def in_flight(self) -> int:
+        """Reservations being given back; a request itself never waits here."""
+        return self._voids.under_way
+
+    def control(self, message: Cancel | Credit) -> None:
+        """Nothing: a request never waits here, and its provider hears the cancel itself."""
+
+    async def start(self, ctx: "Context") -> None:
+        """Subscribe to requests and to outcomes."""
+        self._ctx = ctx
+        self._voids = Voids(ctx.state.ledger)
+        self._max_retries = ctx.settings.routing_max_retries
+        self._learner = Learner(ctx)
+        self.capacity = ctx.settings.max_in_flight
+        outcomes = ctx.metrics.counter("routing_requests", "Requests by how routing ended them.", ("outcome",))
+        self._count = outcomes.labels
+        self._forwarded = outcomes.labels("forwarded")
+        await self._learner.start()
+        self._subscriptions = [await ctx.bus.subscribe(subjects.worker(self.name, ctx.instance), self._on_route)]
+
+    async def drain(self) -> None:
+        """Take nothing more, finish what is under way."""
+        for subscription in self._subscriptions:
+            await subscription.drain()
+        timeout = self._ctx.settings.shutdown_drain_ms / 1000
+        await self._learner.drain(timeout)
+        await self._voids.drain(timeout)
+
+    def _on_route(self, _subject: str, _reply: str, payload: bytes, _no_responders: bool) -> None:
+        began = time.perf_counter()
+        try:
+            route = decode_route(payload)
+        except UNREADABLE:
+            self._complain()
+            return
+        at = self._ctx.state.clock.now()
+        try:
+            plan = self._plan(route, at)
+        except HotpathError as exc:
+            self._give_up(route, self._hops(route, at, began), exc)
+            return
+        self._forward(route, plan, self._hops(route, at, began))
+
+    def _plan(self, route: Route, now: int) -> Plan:
+        """Raises ModelNotFound (the catalogues of two processes differ for a moment) and CircuitOpen."""
+        model = self._ctx.catalog.models.get(route.ask.model)
+        if model is None:
+            raise ModelNotFound(f"The model {quote(route.ask.model)} does not exist here.")
+        open_until = self._ctx.state.circuits.open_until
+        plan = make_plan(model.steps, open_until, now, self._max_retries)
+        if plan is None:
+            raise CircuitOpen(retry_after_ms=soonest(model.steps, open_until, now))
+        return plan
+
+    def _hops(self, route: Route, at: int, began: float) -> tuple[Hop, ...]:
+        took = int((time.perf_counter() - began) * 1_000_000)
+        return (*route.hops, Hop(self.name, self._ctx.instance, self._ctx.pid, at, took))
+
+    def _forward(self, route: Route, plan: Plan, hops: tuple[Hop, ...]) -> None:
+        lost = route.ask.lost
+        try:
+            payload = encode(Call(ask=route.ask, admission=route.admission, plan=plan, hops=hops))
+            self._ctx.sender.send(
+                "provider",
+                payload,
+                skip=frozenset((lost,)) if lost else _NOBODY,
+                on_undeliverable=partial(self._give_up, route, hops, NoWorker()),
+            )
+        except NoLiveInstance:
+            self._give_up(route, hops, NoWorker())
+        except PayloadTooLarge:
+            self._give_up(route, hops, TooLarge())
+        except BusUnavailable:
+            self._give_up(route, hops, BusDown())
+        else:
+            self._forwarded.inc()
+
+    def _give_up(self, route: Route, hops: tuple[Hop, ...], error: HotpathError) -> None:
+        if route.admission.reserved:
+            self._voids.void(route.ask)
+        self._count(error.code).inc()
+        try:
+            replies.fail(
+                self._ctx.bus,
+                self.name,
+                self._ctx.instance,
+                route.ask,
+                error,
+                head=guardian_head(route.admission),
+                hops=hops,
+            )
+        except BadSubject:
+            self._complain()
+        except (BusUnavailable, PayloadTooLarge):
+            pass  # the asker's own timers tell it
+
+    def _complain(self) -> None:
+        """Count a message that is not ours; say so now and then."""
+        self.unreadable += 1
+        self._count("unreadable").inc()
+        now = time.monotonic()
+        if now - self._complained >= COMPLAIN_S:
+            self._complained = now
+            self._ctx.log.warning("messages that could not be read were dropped", extra={"so_far": self.unreadable})
