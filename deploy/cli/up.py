@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from deploy.cli import banner, credentials, fleet, procfile, supervise
+from deploy.cli.http import get
 from deploy.cli.logs import Screen
 from deploy.cli.runfile import RunFile
 from shared.settings import Settings, SettingsError
@@ -103,7 +104,7 @@ def _alive(pid: str) -> bool:
 
 async def _ready(url: str) -> bool:
     """GET /ready is 200."""
-    status, _ = await banner.get(url, "/ready")
+    status, _ = await get(url, "/ready")
     return status == 200
 
 

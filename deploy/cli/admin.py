@@ -1,0 +1,233 @@
+"""What `hotpath keys|budget|ledger|trace` do, as plain JSON values; app.py prints them."""
+
+import asyncio
+import platform
+import re
+from collections.abc import Awaitable, Callable
+from importlib import metadata
+from typing import Any, Final, TypeVar, get_args
+
+from deploy import servers
+from deploy.cli.where import Where
+from shared.bus.base import BusUnavailable
+from shared.core import money
+from shared.settings import Settings
+from shared.state.base import StateUnavailable
+from shared.state.keys import Period
+from shared.state.redis import State
+from shared.wire import subjects
+
+NOTICE_S: Final = 0.3  # a notice is a courtesy: every process polls the registry's version anyway
+BEATS_S: Final = 0.7  # a live ingress beats every 500 ms
+MAX_INGRESSES: Final = 256
+
+_RID: Final = re.compile(r"[0-9a-f]{32}\Z")
+_LABEL: Final = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
+
+T = TypeVar("T")
+
+
+class Failed(Exception):
+    """The command could not do it; the message says why and what helps."""
+
+
+def _with_state(where: Where, work: Callable[[State], Awaitable[T]]) -> T:
+    settings = where.settings()
+
+    async def go() -> T:
+        try:
+            state = await State.connect(settings)
+        except StateUnavailable as exc:
+            raise Failed(f"Redis does not answer ({exc}); is `hotpath up` running? else set REDIS_URL") from exc
+        try:
+            return await work(state)
+        except StateUnavailable as exc:
+            raise Failed(f"Redis refused or did not answer: {exc}") from exc
+        finally:
+            await state.close()
+
+    return asyncio.run(go())
+
+
+async def _tell_everyone(where: Where, settings: Settings) -> None:
+    """Publish that the registry changed; whoever misses it sees it within 500 ms."""
+    from shared.bus.nats import NatsBus  # noqa: PLC0415 - only changes need it, and it costs 60 ms to import
+
+    try:
+        async with asyncio.timeout(NOTICE_S):
+            bus = await NatsBus.connect(settings.nats_url, f"hotpath-{where.data.name}")
+            bus.publish(subjects.NOTICE_REGISTRY, b"")
+            await bus.flush()
+            await bus.close()
+    except (BusUnavailable, TimeoutError, OSError):
+        return
+
+
+def _period(text: str) -> Period:
+    for period in get_args(Period):
+        if text == period:
+            return period  # type: ignore[no-any-return]
+    raise ValueError(f"--period {text}: expected day, month or lifetime")
+
+
+def _limit(text: str) -> int | None:
+    if text in {"", "none"}:
+        return None
+    try:
+        return money.usd_to_nano(text)
+    except ValueError as exc:
+        raise ValueError(f"--limit-usd {text}: {exc}") from exc
+
+
+async def _tenant(state: State, name: str) -> str:
+    found = await state.tenant_by_name(name)
+    if found is None:
+        raise Failed(f"there is no tenant {name}; `hotpath keys create --tenant {name}` makes one")
+    return found
+
+
+def create_key(where: Where, tenant: str, limit_usd: str, period: str, *, synthetic: bool) -> dict[str, Any]:
+    """{"key", "key_id", "tenant_id"}."""
+    limit, wanted = _limit(limit_usd), _period(period)
+
+    async def work(state: State) -> dict[str, Any]:
+        made = await state.create_key(tenant, limit, wanted, synthetic=synthetic)
+        await _tell_everyone(where, where.settings())
+        return {"key": made.key, "key_id": made.key_id, "tenant_id": made.tenant_id}
+
+    return _with_state(where, work)
+
+
+def list_keys(where: Where) -> dict[str, Any]:
+    """{"keys": [{"key_id", "tenant_id", "tenant", "synthetic", "created" (ms), "revoked" (ms, 0: it is good)}]}."""
+
+    async def work(state: State) -> dict[str, Any]:
+        names = ("key_id", "tenant_id", "tenant", "synthetic", "created", "revoked")
+        return {"keys": [{name: getattr(key, name) for name in names} for key in await state.list_keys()]}
+
+    return _with_state(where, work)
+
+
+def revoke_key(where: Where, key_id: str) -> dict[str, Any]:
+    """{"key_id", "revoked": true}. Raises Failed for an unknown id."""
+
+    async def work(state: State) -> dict[str, Any]:
+        if not await state.revoke_key(key_id):
+            raise Failed(f"there is no key {key_id}; `hotpath keys list` shows the ids")
+        await _tell_everyone(where, where.settings())
+        return {"key_id": key_id, "revoked": True}
+
+    return _with_state(where, work)
+
+
+async def _budget(state: State, tenant: str, name: str) -> dict[str, Any]:
+    fields = ("level", "period", "settled", "pending", "unconfirmed", "limit")
+    levels = await state.ledger.balances(tenant=tenant)
+    return {"tenant": name, "levels": [{field: getattr(level, field) for field in fields} for level in levels]}
+
+
+def show_budget(where: Where, tenant: str) -> dict[str, Any]:
+    """{"tenant", "levels": [{"level", "period", "settled", "pending", "unconfirmed", "limit": int | null}]}."""
+
+    async def work(state: State) -> dict[str, Any]:
+        return await _budget(state, await _tenant(state, tenant), tenant)
+
+    return _with_state(where, work)
+
+
+def set_budget(where: Where, tenant: str, limit_usd: str, period: str) -> dict[str, Any]:
+    """Set (or clear, with `none`) the limit; the budget afterwards."""
+    if not limit_usd:
+        raise ValueError("--limit-usd: an amount, or `none`")
+    limit, wanted = _limit(limit_usd), _period(period)
+
+    async def work(state: State) -> dict[str, Any]:
+        found = await _tenant(state, tenant)
+        await state.set_limit(found, wanted, limit)
+        await _tell_everyone(where, where.settings())
+        return await _budget(state, found, tenant)
+
+    return _with_state(where, work)
+
+
+def show_ledger(where: Where, tenant: str, rid: str) -> dict[str, Any]:
+    """{"tenant", "entries": [{"rid", "call", "state", "amount", "cost", "estimated", ...}]}, one request's or all."""
+    if rid and not _RID.match(rid):
+        raise ValueError(f"{rid}: a request id is 32 hex digits")
+
+    async def work(state: State) -> dict[str, Any]:
+        found = await state.entries(await _tenant(state, tenant))
+        names = ("rid", "call", "state", "amount", "cost", "estimated", "instance", "delivery", "deadline")
+        entries = [{name: getattr(entry, name) for name in names} for entry in found if rid in {"", entry.rid}]
+        return {"tenant": tenant, "entries": entries}
+
+    return _with_state(where, work)
+
+
+def trace(where: Where, rid: str) -> dict[str, Any]:
+    """{"rid", "hops": [{"role", "instance", "pid", "at" (ms), "took_us"}], ...} from whichever ingress had it."""
+    if not _LABEL.match(rid):
+        raise ValueError(f"{rid}: not a request id")
+    return asyncio.run(_trace(where, rid))
+
+
+async def _trace(where: Where, rid: str) -> dict[str, Any]:
+    import json  # noqa: PLC0415 - only here
+
+    from deploy.cli.http import get  # noqa: PLC0415 - only here
+
+    if where.run is not None:
+        urls = list(where.run["metrics"].get("ingress", []))
+        key = where.run["admin_key"]
+    else:
+        settings = where.settings()
+        urls, key = await _ingresses(settings), settings.admin_api_key
+    answers = await asyncio.gather(*(get(url.removesuffix("/metrics"), f"/trace/{rid}", key) for url in urls))
+    for status, body in answers:
+        if status == 200:
+            found: dict[str, Any] = json.loads(body)
+            return found
+    if not urls:
+        raise Failed("no ingress was heard of; is Hotpath running? name its directory: --data DIR")
+    raise Failed(f"no ingress remembers {rid} (each keeps its last 10,000 requests)")
+
+
+async def _ingresses(settings: Settings) -> list[str]:
+    """The metrics URLs of every ingress, as their beats name them: for a Hotpath that `hotpath up` did not start."""
+    from shared.bus.nats import NatsBus  # noqa: PLC0415 - only here
+    from shared.wire.messages import decode_beat  # noqa: PLC0415 - only here
+
+    found: set[str] = set()
+
+    def on_beat(_subject: str, _reply: str, payload: bytes, _no_responders: bool) -> None:
+        try:
+            beat = decode_beat(payload)
+        except ValueError:
+            return
+        if beat.metrics and len(found) < MAX_INGRESSES:
+            found.add(beat.metrics)
+
+    try:
+        bus = await NatsBus.connect(settings.nats_url, "hotpath-trace")
+        await bus.subscribe(subjects.beat("ingress", "*"), on_beat)
+        await asyncio.sleep(BEATS_S)
+        await bus.close()
+    except BusUnavailable as exc:
+        raise Failed(f"{exc}; set NATS_URL, or name the directory of a running `hotpath up`: --data DIR") from exc
+    return sorted(found)
+
+
+def versions() -> dict[str, str]:
+    """Hotpath and what it runs on."""
+    import subprocess  # noqa: PLC0415 - only here
+
+    found = {"hotpath": metadata.version("hotpath"), "python": platform.python_version()}
+    for name, binary in (("nats-server", servers.nats_binary), ("valkey", servers.valkey_binary)):
+        try:
+            told = subprocess.run([binary(), "--version"], capture_output=True, text=True, timeout=5, check=False)
+        except (servers.ServerMissing, OSError):
+            found[name] = "not installed"
+            continue
+        match = re.search(r"v=?(\d[\w.-]*)", told.stdout)
+        found[name] = match[1] if match else told.stdout.strip()
+    return found

@@ -1,0 +1,183 @@
+"""`hotpath doctor`: what is wrong on this machine or with what runs on it, and what to do about it."""
+
+import asyncio
+import json
+import platform
+import sys
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, Final, Literal
+
+from deploy import servers
+from deploy.cli import envfile
+from deploy.cli.confs import ENVELOPE
+from deploy.cli.http import get
+from deploy.cli.where import Where
+from shared.bus.base import BusUnavailable
+from shared.catalog import CatalogError
+from shared.catalog import load as load_catalog
+from shared.settings import SECRETS, Settings, SettingsError
+from shared.settings import load as load_settings
+from shared.state.base import StateUnavailable
+
+#: Python versions the lock file is made for.
+PYTHONS: Final = ((3, 11), (3, 13))
+
+Check = dict[str, str]
+
+
+def _check(name: str, state: Literal["ok", "warn", "fail"], found: str, do: str = "") -> Check:
+    return {"name": name, "state": state, "found": found, "do": do}
+
+
+def examine(where: Where) -> dict[str, Any]:
+    """{"checks": [{"name", "state": ok|warn|fail, "found", "do"}]}."""
+    checks = [_python(), *_binaries()]
+    settings, told = _settings(where)
+    checks += told
+    if settings is not None:
+        checks += _catalogue(where, settings)
+        checks += asyncio.run(_running(where, settings))
+    return {"checks": checks}
+
+
+def _python() -> Check:
+    version = sys.version_info[:2]
+    if version < PYTHONS[0]:
+        return _check("python", "fail", platform.python_version(), "install Python 3.11 or newer")
+    if version > PYTHONS[1]:
+        return _check("python", "warn", f"{platform.python_version()}: newer than what is tested (3.11 to 3.13)")
+    return _check("python", "ok", platform.python_version())
+
+
+def _binaries() -> Iterator[Check]:
+    places: tuple[tuple[str, Callable[[], str]], ...] = (
+        ("nats-server", servers.nats_binary),
+        ("valkey-server", servers.valkey_binary),
+    )
+    for name, place in places:
+        try:
+            yield _check(name, "ok", place())
+        except servers.ServerMissing as exc:
+            yield _check(name, "warn", "not installed", str(exc))
+
+
+def _settings(where: Where) -> tuple[Settings | None, list[Check]]:
+    """The settings; secrets that nobody has made yet are no fault: `hotpath up` makes them."""
+    missing = [name.upper() for name in SECRETS if not where.env.get(name.upper())]
+    stand_in = {name: f"{name}_".ljust(40, "x") for name in missing}
+    try:
+        settings = load_settings({**where.env, **stand_in})
+    except SettingsError as exc:
+        return None, [_check("settings", "fail", error, "correct it: deploy/env.example") for error in exc.errors]
+    if missing:
+        do = "`hotpath up` generates them; for your own runner: hotpath env > .env"
+        return settings, [_check("secrets", "warn", f"not set: {', '.join(missing)}", do)]
+    return settings, [_check("settings", "ok", "valid")]
+
+
+def _catalogue(where: Where, settings: Settings) -> Iterator[Check]:
+    path = settings.hotpath_catalog
+    if where.run is not None and where.run["simulator_url"] and not where.env.get("HOTPATH_CATALOG"):
+        path = str(where.data / "catalog.toml")
+    try:
+        catalog = load_catalog(path, where.env)
+    except (CatalogError, OSError) as exc:
+        yield _check("catalogue", "fail", f"{path}: {exc}", "correct it, or set HOTPATH_CATALOG")
+        return
+    found = f"{path}: {len(catalog.models)} models on {len(catalog.endpoints)} endpoints"
+    if catalog.models:
+        yield _check("catalogue", "ok", found)
+    else:
+        yield _check("catalogue", "warn", found, "no endpoint has its key: set one, or `hotpath up` uses its simulator")
+    for endpoint in catalog.left_out:
+        yield _check(f"endpoint {endpoint}", "warn", f"left out: {catalog.why[endpoint]}", "set its key to use it")
+
+
+async def _running(where: Where, settings: Settings) -> list[Check]:
+    checks: list[Coroutine[Any, Any, list[Check]]] = [
+        _gateway(where, settings),
+        _nats(where, settings),
+        _redis(settings),
+    ]
+    return [check for found in await asyncio.gather(*checks) for check in found]
+
+
+async def _gateway(where: Where, settings: Settings) -> list[Check]:
+    if where.run is None:
+        port = settings.gateway_port
+        if envfile.free(port):
+            return [_check("gateway", "warn", f"not running; port {port} is free", "hotpath up")]
+        return [_check("gateway", "warn", f"port {port} is taken", "stop what listens there, or: hotpath up --port N")]
+    url = where.run["url"]
+    status, body = await get(url, "/ready")
+    if status == 200:
+        return [_check("gateway", "ok", f"{url} is ready")]
+    if not status:
+        return [_check("gateway", "fail", f"{url} does not answer", f"hotpath up, or delete {where.data}/run.json")]
+    return [_check("gateway", "fail", f"{url}/ready says {status}: {_short(body)}", f"look into {where.data}/logs")]
+
+
+def _short(body: bytes) -> str:
+    try:
+        return json.dumps(json.loads(body))[:200]
+    except ValueError:
+        return body[:200].decode("utf-8", "replace")
+
+
+async def _nats(where: Where, settings: Settings) -> list[Check]:
+    from shared.bus.nats import NatsBus  # noqa: PLC0415 - only the doctor's run needs it
+
+    try:
+        bus = await NatsBus.connect(settings.nats_url, "hotpath-doctor")
+    except BusUnavailable as exc:
+        return [_not_there("nats", str(exc), where, "NATS_URL")]
+    payload = bus.max_payload
+    await bus.close()
+    need = settings.max_body_bytes + ENVELOPE
+    if payload < need:
+        do = f"raise max_payload to {need}, or lower MAX_BODY_BYTES"
+        return [_check("nats", "fail", f"max_payload is {payload}, below MAX_BODY_BYTES + {ENVELOPE}", do)]
+    return [_check("nats", "ok", f"answers; max_payload {payload}"), _users(where, settings)]
+
+
+def _users(where: Where, settings: Settings) -> Check:
+    roles = ("ingress", "guardian", "routing", "provider")
+    own = [role for role in roles if settings.nats_url_for(role) != settings.nats_url]
+    if len(own) == len(roles):
+        return _check("nats users", "ok", "a user per role")
+    if where.run is not None and where.run["loadgen_nats_url"] != where.run["nats_url"]:
+        return _check("nats users", "ok", "embedded: operator, roles, loadgen")
+    without = ", ".join(role for role in roles if role not in own)
+    do = "give each role its own: NATS_URL_GUARDIAN=nats://user:password@host ...; deploy/nats.conf has the allow-lists"
+    return _check("nats users", "warn", f"no user of their own: {without}", do)
+
+
+def _not_there(name: str, why: str, where: Where, setting: str) -> Check:
+    if where.run is not None:
+        return _check(name, "fail", why, f"look into {where.data}/logs")
+    return _check(name, "warn", why, f"`hotpath up` starts one; for your own set {setting}")
+
+
+async def _redis(settings: Settings) -> list[Check]:
+    from shared.state.pipeline import Pipeline  # noqa: PLC0415 - only the doctor's run needs it
+
+    pipeline = Pipeline(settings.redis_url)
+    try:
+        await pipeline.connect()
+        config = {}
+        for name in ("maxmemory-policy", "appendonly"):
+            _, value = await pipeline.execute(b"CONFIG", b"GET", name, within=1.0)
+            config[name] = value.decode()
+    except (StateUnavailable, ValueError) as exc:
+        do = "`hotpath up` starts one; for your own set REDIS_URL, and let its user run CONFIG GET"
+        return [_check("redis", "warn", str(exc), do)]
+    finally:
+        await pipeline.close()
+    checks = [_check("redis", "ok", "answers")]
+    if config["maxmemory-policy"] != "noeviction":
+        found = f"maxmemory-policy is {config['maxmemory-policy']}: budgets may be evicted"
+        checks.append(_check("redis eviction", "fail", found, "CONFIG SET maxmemory-policy noeviction"))
+    if config["appendonly"] != "yes":
+        found = "no append-only file: a restart of Redis forgets the ledger"
+        checks.append(_check("redis aof", "fail", found, "CONFIG SET appendonly yes"))
+    return checks

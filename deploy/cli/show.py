@@ -1,0 +1,85 @@
+"""How results look to people: tables by rich on a terminal, plain lines otherwise."""
+
+import time
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
+
+from shared.core import money
+
+#: Columns when the output goes to a file or a pipe: nothing is wrapped or cut there.
+PLAIN_WIDTH: Final = 250
+
+
+def out(what: Any) -> None:
+    """Print a table or text; text goes out exactly as it is (a `.env` must not be wrapped)."""
+    if isinstance(what, str):
+        print(what)
+    else:
+        console = Console()
+        if not console.is_terminal:
+            console.width = PLAIN_WIDTH
+        console.print(what)
+
+
+def _table(*names: str) -> Table:
+    return Table(*names, box=None, pad_edge=False, header_style="bold")
+
+
+def _usd(nano: int | None) -> str:
+    return "-" if nano is None else money.show_usd(nano)
+
+
+def new_key(made: dict[str, Any]) -> str:
+    """The key, this once."""
+    return f"{made['key']}\n(key id {made['key_id']}, tenant id {made['tenant_id']}; the key is not shown again)"
+
+
+def key_table(found: dict[str, Any]) -> Table:
+    """One row per key."""
+    table = _table("key id", "tenant", "synthetic", "revoked")
+    for key in found["keys"]:
+        table.add_row(key["key_id"], key["tenant"], "yes" if key["synthetic"] else "", "yes" if key["revoked"] else "")
+    return table
+
+
+def budget_table(found: dict[str, Any]) -> Table:
+    """One row per level and period, in USD."""
+    table = _table("tenant", "level", "period", "settled", "pending", "unconfirmed", "limit")
+    for level in found["levels"]:
+        amounts = (_usd(level[name]) for name in ("settled", "pending", "unconfirmed", "limit"))
+        table.add_row(found["tenant"], level["level"], level["period"], *amounts)
+    return table
+
+
+def ledger_table(found: dict[str, Any]) -> Table:
+    """One row per upstream call."""
+    table = _table("request", "call", "state", "held", "cost", "")
+    for entry in found["entries"]:
+        note = "estimated" if entry["estimated"] else ""
+        table.add_row(
+            entry["rid"], str(entry["call"]), entry["state"], _usd(entry["amount"]), _usd(entry["cost"]), note
+        )
+    return table
+
+
+def trace_table(found: dict[str, Any]) -> Table:
+    """One row per process."""
+    table = _table("role", "instance", "pid", "at (UTC)", "own work")
+    for hop in found["hops"]:
+        at = time.strftime("%H:%M:%S", time.gmtime(hop["at"] / 1000)) + f".{hop['at'] % 1000:03d}"
+        table.add_row(hop["role"], hop["instance"], str(hop["pid"]), at, f"{hop['took_us'] / 1000:.2f} ms")
+    return table
+
+
+def check_lines(found: dict[str, Any]) -> str:
+    """One line per check; what to do stands under it."""
+    checks = found["checks"]
+    wide = max(len(check["name"]) for check in checks)
+    lines = []
+    for check in checks:
+        lines.append(f"{check['state']:<4}  {check['name']:<{wide}}  {check['found']}")
+        if check["do"]:
+            lines.append(f"{'':<{wide + 8}}-> {check['do']}")
+    return "\n".join(lines)
