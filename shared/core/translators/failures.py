@@ -37,7 +37,7 @@ _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 _URL: Final = re.compile(r"\b[a-z][a-z0-9+.-]{1,15}://[^\s\"'<>)\]}]+", re.IGNORECASE)
 #: What keys look like (OpenAI, Anthropic, Google, GitHub, AWS, ours, JWTs, bearer tokens, any long unbroken token).
 _SECRET: Final = re.compile(
-    r"\b(?:sk|pk|rk|key|ghp|gho|xox[a-z]|br_live|AIza|AKIA|eyJ)[-_A-Za-z0-9*./+=]{8,}|\bBearer\s+\S+|[A-Za-z0-9_+/=-]{40,}",
+    r"\b(?:sk|pk|rk|key[-_]|ghp|gho|xox[a-z]|br_live|AIza|AKIA|eyJ)[-_A-Za-z0-9*./+=]{8,}|\bBearer\s+\S+|[A-Za-z0-9_+/=-]{40,}",
     re.IGNORECASE,
 )
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}\Z")

@@ -66,6 +66,7 @@ class _Answer(Struct, gc=False):
 _chunk: Final = msgspec.json.Decoder(_Chunk).decode
 _answer: Final = msgspec.json.Decoder(_Answer).decode
 _fields: Final = msgspec.json.Decoder(dict[str, Raw]).decode
+_options: Final = msgspec.json.Decoder(dict[str, Raw] | None).decode
 _json: Final = msgspec.json.Encoder().encode
 
 
@@ -114,8 +115,7 @@ class OpenAITranslator:
         for field in tuple(name for name in _CAP_FIELDS if name in fields) or (cap_field,):
             fields[field] = limit
         if ask.stream:
-            given = fields.get("stream_options")
-            options = _fields(given) if given and given != b"null" else {}
+            options = _options(fields.get("stream_options", Raw(b"null"))) or {}
             options["include_usage"] = Raw(b"true")
             fields["stream_options"] = Raw(_json(options))
         accept = "text/event-stream" if ask.stream else "application/json"
