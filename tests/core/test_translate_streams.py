@@ -50,7 +50,7 @@ def test_what_a_recording_says(name: str) -> None:
     n, texts, usage, code = EXPECTED[name]
     said = run(recorded(name), n=n, include_usage=True)
     assert (said.texts, said.usage, said.code) == (texts, usage, code)
-    sent = [event[6:] for event in recorded(name).split(b"\n\n") if event.startswith(b"data: {")]
+    sent = [line[6:] for line in recorded(name).splitlines() if line.startswith(b"data: {")]
     if not code and name != "vllm":
         plain = run(recorded(name), n=n, include_usage=True, x_br=b"")
         assert plain.out == b"".join(b"data: " + event + b"\n\n" for event in sent)
