@@ -134,7 +134,7 @@ class OpenAITranslator:
         choices = chunk.choices
         if choices and len(choices) == 1 and not self._held and chunk.usage is None and chunk.error is None:
             choice = choices[0]
-            if choice.index == 0 and not choice.finish_reason and self._is_plain(choice.delta) and payload.isascii():
+            if choice.index == 0 and not choice.finish_reason and payload.isascii() and self._is_plain(choice.delta):
                 return sse.encode(payload)
         return self._feed_any(payload, chunk)
 
