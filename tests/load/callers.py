@@ -118,7 +118,8 @@ class HttpCaller:
 
 def _code(raw: bytes) -> str:
     try:
-        return str(orjson.loads(raw)["error"]["code"])
+        error = orjson.loads(raw)["error"]
+        return str(error["code"] or error["type"])
     except (orjson.JSONDecodeError, KeyError, TypeError):
         return ""
 

@@ -97,6 +97,5 @@ def table(shown: dict[str, Any], console: Console) -> None:
         numbers = [_number(row[f"p{percent}"]) for percent in PERCENTILES]
         times.add_row(title, str(row["n"]), *numbers, _number(row["max"]))
     console.print(times)
-    console.print(
-        f"tokens: {shown['input_tokens']} in, {shown['output_tokens']} out; cost told: {shown['cost_nano_usd']} nano-USD"
-    )
+    tokens = f"{shown['input_tokens']} tokens in, {shown['output_tokens']} out"
+    console.print(f"{tokens}; cost told: {shown['cost_nano_usd']} nano-USD")
