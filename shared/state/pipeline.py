@@ -10,7 +10,7 @@ import asyncio
 import random
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from hiredis import HiredisError, Reader, ReplyError
 from msgspec import Struct
@@ -131,8 +131,7 @@ class Pipeline(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin with an empty order of replies."""
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's are not subclasses
         self._reader = Reader()
         self._lost.clear()
         self._heard = self.now()
@@ -255,7 +254,7 @@ class Pipeline(asyncio.Protocol):
                 replies = await asyncio.gather(*greetings)
         except (OSError, TimeoutError) as error:
             self._abort()
-            raise StateUnavailable(f"redis: cannot connect to {self._address}: {error or 'timed out'}") from error
+            raise StateUnavailable(f"redis: cannot connect to {self._address}: {str(error) or 'timed out'}") from error
         for reply in replies:
             if type(reply) is ReplyError:
                 self._abort()

@@ -1,10 +1,8 @@
 """Packing of commands."""
 
-from typing import cast
+from collections.abc import Callable
 
 import hiredis
 
-
-def pack(command: tuple[bytes | int | str, ...]) -> bytes:
-    """One command as RESP bytes."""
-    return hiredis.pack_command(cast("tuple[bytes]", command))  # hiredis's stub knows commands of one argument only
+#: One command as RESP bytes.
+pack: Callable[[tuple[bytes | int | str, ...]], bytes] = hiredis.pack_command  # type: ignore[assignment]  # its stub knows commands of one argument only

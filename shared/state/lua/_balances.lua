@@ -13,7 +13,7 @@
 local STATE, DELIVERY, VOIDED, DEADLINE, DAY, AMOUNT, CALLS = 1, 2, 3, 4, 5, 6, 6
 local NUMBER, COST, ESTIMATED, INSTANCE, HOLDER_DELIVERY, DUE = 1, 4, 5, 6, 7, 8
 local CALL_STATE, CALL_AMOUNT = 2, 3
-local LEVELS, PERIODS = {'t'}, {'day', 'month', 'lifetime'}
+local LEVELS, PERIODS, KINDS = {'t'}, {'day', 'month', 'lifetime'}, {':s', ':p', ':u'}
 local EXACT = 9007199254740991 -- 2^53 - 1, the largest integer a Lua number holds exactly
 
 local balances, entries, leases, rid = KEYS[1], KEYS[2], KEYS[3], ARGV[1]
@@ -45,39 +45,56 @@ end
 -- Adds to the balances of every level in a day, its month and the lifetime: everything is read and checked, then
 -- written at once. With `guarded`, writes nothing and returns what is left when a limit would be passed (I2).
 local function move(day, settled, pending, held, guarded)
+  local deltas, kinds = {settled, pending, held}, {}
+  for k = 1, 3 do
+    if guarded or deltas[k] ~= 0 then kinds[#kinds + 1] = k end
+  end
+  if #kinds == 0 then return end
   local year, month, date = civil(day)
   local buckets = {string.format('%04d-%02d-%02d', year, month, date), string.format('%04d-%02d', year, month), 'lifetime'}
-  local names = {}
+  local names, n = {}, 0
   for _, level in ipairs(LEVELS) do
-    for i, bucket in ipairs(buckets) do
-      local stem, n = level .. ':' .. bucket, #names
-      names[n + 1], names[n + 2], names[n + 3] = stem .. ':s', stem .. ':p', stem .. ':u'
-      names[n + 4] = level .. ':limit:' .. PERIODS[i]
-    end
-  end
-  local values, deltas = redis.call('HMGET', balances, unpack(names)), {settled, pending, held}
-  local left, write, big = EXACT, {}, {}
-  for i = 1, #names, 4 do
-    local used = 0
-    for k = 0, 2 do
-      local before = integer(values[i + k], '^%-?%d+$')
-      -- never below nothing: a hash that was deleted must not turn into headroom
-      local after = (k == 0) and before + deltas[1] or math.max(0, before + deltas[k + 1])
-      used = used + before
-      if math.abs(after) > EXACT then
-        big[#big + 1] = {names[i + k], string.format('%.0f', deltas[k + 1])}
-      elseif after ~= before then
-        write[#write + 1] = names[i + k]
-        write[#write + 1] = string.format('%.0f', after)
+    for i = 1, 3 do
+      local stem = level .. ':' .. buckets[i]
+      for _, k in ipairs(kinds) do
+        n = n + 1
+        names[n] = stem .. KINDS[k]
+      end
+      if guarded then
+        n = n + 1
+        names[n] = level .. ':limit:' .. PERIODS[i]
       end
     end
-    if guarded and values[i + 3] then left = math.min(left, integer(values[i + 3], '^%d+$') - used) end
+  end
+  local values, i = redis.call('HMGET', balances, unpack(names)), 0
+  local left, write, w, big = EXACT, {}, 0, nil
+  while i < n do
+    local used = 0
+    for _, k in ipairs(kinds) do
+      i = i + 1
+      local before, delta = integer(values[i], '^%-?%d+$'), deltas[k]
+      used = used + before
+      if delta ~= 0 then
+        -- nothing held never goes below 0: a hash that was deleted must not turn into headroom
+        local after = (k == 1 or before + delta > 0) and before + delta or 0
+        if after > EXACT then -- HINCRBY counts in 64 bits
+          big = big or {}
+          big[#big + 1] = {names[i], string.format('%.0f', delta)}
+        else
+          write[w + 1], write[w + 2], w = names[i], string.format('%.0f', after), w + 2
+        end
+      end
+    end
+    if guarded then
+      i = i + 1
+      if values[i] then left = math.min(left, integer(values[i], '^%d+$') - used) end
+    end
   end
   if guarded and pending > 0 and pending > left then return math.max(0, left) end
-  -- a field over 64 bytes keeps the hash out of the list encoding, whose look-ups walk every day kept
-  if not values[#values - 2] and #write > 0 then
-    write[#write + 1], write[#write + 2] = 'about', string.rep('balances in nano-USD; ', 3)
+  -- a field over 64 bytes keeps the hash out of the list encoding, whose look-ups walk past every day that is kept
+  if guarded and not values[n - 2] then
+    write[w + 1], write[w + 2], w = 'about', string.rep('balances in nano-USD; ', 3), w + 2
   end
-  if #write > 0 then redis.call('HSET', balances, unpack(write)) end
-  for _, change in ipairs(big) do redis.call('HINCRBY', balances, change[1], change[2]) end
+  if w > 0 then redis.call('HSET', balances, unpack(write)) end
+  for _, change in ipairs(big or {}) do redis.call('HINCRBY', balances, change[1], change[2]) end
 end
