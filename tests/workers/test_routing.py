@@ -1,0 +1,201 @@
+"""Routing on its own: MemoryBus around it, a real Valkey behind it."""
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared.core import circuit
+from shared.state.base import StateUnavailable
+from shared.wire import headers, subjects
+from shared.wire.messages import Admission, Hop, Outcome, Outcomes, Price, ReplyTo, Route, Step, decode_call, encode
+from tests.workers.guardian_rig import WAIT_S, Rig, ask, running, without_redis
+from workers.routing import learn
+from workers.routing.route import Routing
+
+ONE, TWO = Step("one", "m-1"), Step("two", "m-2")
+
+
+@pytest.fixture
+async def rig(valkey_url: str) -> AsyncIterator[Rig]:
+    async with running(Routing(), valkey_url, "provider") as started:
+        await started.ctx.state._hot.execute(b"DEL", b"hp:{circuits}", within=1)
+        await started.ctx.state._poll()
+        yield started
+
+
+def admission(**fields: Any) -> Admission:
+    given_fields: dict[str, Any] = {
+        "reserved": True, "amount": 5, "estimate": 3_000_000, "input_tokens": 9, "output_cap": 9,
+        "price": Price(1, 1, 1),
+    }  # fmt: skip
+    return Admission(**{**given_fields, **fields})
+
+
+def route(**fields: Any) -> bytes:
+    """A request as the guardian hands it over."""
+    request = ask("t", "k", **fields)
+    return encode(Route(ask=request, admission=admission(), hops=(Hop("guardian", "g", 1, 1),)))
+
+
+async def end_calls(rig: Rig, *outcomes: Outcome) -> None:
+    """Upstream calls ended so; returns when that is recorded and known here."""
+    rig.outside.publish(subjects.OUTCOME, encode(Outcomes(calls=outcomes)))
+    await asyncio.sleep(0)
+    await asyncio.wait_for(rig.role._learner._idle.wait(), WAIT_S)  # type: ignore[attr-defined]
+    await rig.ctx.state._poll()
+
+
+async def test_planned_and_forwarded(rig):
+    """The catalogue's order; 1 + ROUTING_MAX_RETRIES calls in all (I7)."""
+    rig.to_role(route())
+    call = decode_call(await rig.next_forwarded())
+    assert call.plan.steps == (ONE, TWO)
+    assert call.plan.max_calls == 3
+    assert call.admission == admission()
+    assert [hop.role for hop in call.hops] == ["guardian", "routing"]
+
+
+async def test_an_open_circuit_leaves_rotation_and_everybody_is_told(rig):
+    """S2-20, S2-21: five failures in a row; the notice goes out."""
+    told = asyncio.Event()
+    await rig.outside.subscribe(subjects.NOTICE_CIRCUIT, lambda *_: told.set())
+    await end_calls(rig, *[Outcome("one", ok=False)] * 4)
+    rig.to_role(route())
+    assert decode_call(await rig.next_forwarded()).plan.steps == (ONE, TWO)
+    assert not told.is_set()
+    await end_calls(rig, Outcome("one", ok=False))
+    await asyncio.wait_for(told.wait(), WAIT_S)
+    rig.to_role(route())
+    assert decode_call(await rig.next_forwarded()).plan.steps == (TWO,)
+
+
+async def test_every_circuit_open_is_503_with_the_soonest_wait(rig):
+    """Faults 95, D15; the reservation is given back."""
+    await end_calls(rig, *[Outcome("one", ok=False), Outcome("two", ok=False)] * 5)
+    away = without_redis(rig)
+    rig.to_role(route())
+    failed = await rig.next_failed()
+    assert (failed.error.status, failed.error.code) == (503, "circuit_open")
+    assert 25_000 < failed.error.retry_after_ms <= 30_000
+    assert failed.head is not None
+    assert failed.head[headers.BR_ESTIMATED_COST] == "$0.003"
+    assert [hop.role for hop in failed.hops] == ["guardian", "routing"]
+    await rig.role._voids.drain(1)
+    assert "void" in away.calls
+
+
+async def test_a_success_between_keeps_it_closed(rig):
+    await end_calls(rig, *[Outcome("one", ok=False)] * 4, Outcome("one", ok=True), *[Outcome("one", ok=False)] * 4)
+    rig.to_role(route())
+    assert decode_call(await rig.next_forwarded()).plan.steps == (ONE, TWO)
+
+
+async def test_no_provider_voids_and_says_503(rig):
+    """Faults 19, 37."""
+    made = await rig.ctx.state.create_key(f"t{secrets.token_hex(4)}", 10**9, "month")
+    ledger, now = rig.ctx.state.ledger, rig.ctx.state.clock.now()
+    request = ask(made.tenant_id, made.key_id)
+    await ledger.reserve(
+        tenant=made.tenant_id, rid=request.rid, delivery=1, amount=5, deadline=now + 9000, not_after=now + 1000
+    )
+    rig.ctx.rosters["provider"].dead("next")
+    rig.to_role(encode(Route(ask=request, admission=admission())))
+    assert (await rig.next_failed()).error.code == "no_worker"
+    await rig.role._voids.drain(3)
+    assert {level.pending for level in await ledger.balances(tenant=made.tenant_id)} == {0}
+
+
+async def test_what_was_not_reserved_is_not_voided(rig):
+    away = without_redis(rig)
+    rig.ctx.rosters["provider"].dead("next")
+    rig.to_role(encode(Route(ask=ask("t", "k"), admission=admission(reserved=False))))
+    await rig.next_failed()
+    await rig.role._voids.drain(1)
+    assert away.calls == []
+
+
+async def test_the_lost_instance_is_not_tried_again(rig):
+    """DESIGN 1: a re-delivery skips the instance that died."""
+    rig.beat("provider", "dead")
+    await rig.outside.subscribe(subjects.worker("provider", "dead"), lambda *_: pytest.fail("sent to the dead"))
+    for _ in range(20):
+        rig.to_role(route(lost="dead", delivery=2))
+        await rig.next_forwarded()
+
+
+async def test_a_model_it_does_not_know_is_404(rig):
+    rig.to_role(route(model="nope"))
+    assert (await rig.next_failed()).error.status == 404
+
+
+async def test_garbage_is_dropped_and_counted(rig):
+    for payload in (b"", b"\xff" * 9, b"\x91" * 5000):
+        rig.to_role(payload)
+        rig.outside.publish(subjects.OUTCOME, payload)
+    rig.ctx.rosters["provider"].dead("next")
+    rig.to_role(route(reply=ReplyTo("ingress", "y z", 1)))  # what it says about this one has nowhere to go
+    rig.to_role(route())
+    await rig.next_failed()
+    assert rig.role.unreadable == 4
+    assert rig.role._learner.lost == 3
+
+
+async def test_outcomes_of_unknown_endpoints_touch_nothing(rig):
+    """An endpoint id of a message never becomes a key or field unless the catalogue has it."""
+    await end_calls(rig, *[Outcome("nope", ok=False)] * 9)
+    assert await rig.ctx.state._hot.execute(b"HLEN", b"hp:{circuits}", within=1) == 0
+
+
+async def test_waiting_outcomes_are_bounded_and_keep_their_order(rig, monkeypatch):
+    monkeypatch.setattr(learn, "MAX_WAITING", 3)
+    seen: list[list[bool]] = []
+    held = asyncio.Event()
+
+    async def record(_endpoint: str, outcomes: list[bool]) -> bool:
+        await held.wait()
+        seen.append(outcomes)
+        return False
+
+    monkeypatch.setattr(rig.ctx.state.circuits, "record", record)
+    for number in range(1, 7):
+        rig.outside.publish(subjects.OUTCOME, encode(Outcomes(calls=(Outcome("one", ok=True),) * number)))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    held.set()
+    await rig.role.drain()
+    assert [len(batch) for batch in seen] == [1, 4, 5, 6]
+    assert rig.role._learner.lost == 2
+
+
+async def test_outcomes_are_lost_not_stuck_while_redis_is_away(rig, monkeypatch):
+    async def record(_endpoint: str, _outcomes: list[bool]) -> bool:
+        raise StateUnavailable("away")
+
+    monkeypatch.setattr(rig.ctx.state.circuits, "record", record)
+    await end_calls(rig, Outcome("one", ok=False))
+    assert rig.role._learner.lost == 1
+
+
+async def test_the_script_follows_the_policy(rig):
+    """The Lua that counts over all processes agrees with the table in core/circuit.py, outcome by outcome."""
+    policy = circuit.Policy(threshold=5, cooldown_ms=30_000)
+    state, clock = rig.ctx.state, rig.ctx.state.clock
+    expected = circuit.CLOSED
+    for ok in [False] * 4 + [True] + [False] * 6 + [True, False]:
+        await state.circuits.record("one", [ok])
+        await state._poll()
+        now = clock.now()
+        expected = circuit.after(expected, [ok], now, policy)
+        assert abs(state.circuits.open_until("one") - expected.open_until) < 1000
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.booleans()), max_size=30))
+def test_by_endpoint_keeps_the_order(calls):
+    outcomes = Outcomes(calls=tuple(Outcome(endpoint, ok) for endpoint, ok in calls))
+    found = learn.by_endpoint(outcomes, frozenset("ab"))
+    assert found == {each: [ok for endpoint, ok in calls if endpoint == each] for each in "ab" if each in dict(calls)}
