@@ -1,0 +1,210 @@
+"""The ingress as a role: what it is made of, where it listens, how it drains (S1-H5, D8)."""
+
+import asyncio
+import logging
+import socket
+import time
+from typing import Final
+
+from aiohttp import web
+
+from ingress import observe
+from ingress.auth import Auth
+from ingress.chat import Chat, Rules
+from ingress.deliver import Desk, Handoff
+from ingress.health import Health
+from ingress.middleware import Door, Visit
+from ingress.models import PREFIX, Models
+from ingress.protocol import Reply, Server
+from ingress.replies import Replies
+from ingress.wheel import Wheel
+from shared.service import Context
+from shared.settings import Settings
+from shared.wire import errors
+from shared.wire.messages import Cancel, Credit
+
+BACKLOG: Final = 4096
+METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Ingress:
+    """One ingress process."""
+
+    name = "ingress"
+    watches: tuple[str, ...] = ("guardian", "routing", "provider", "ingress")
+
+    def __init__(self) -> None:
+        self.capacity = 0
+        self.port = 0
+        self._door: Door | None = None
+
+    def in_flight(self) -> int:
+        """Requests being served."""
+        return self._door.in_flight if self._door is not None else 0
+
+    def control(self, message: Cancel | Credit) -> None:
+        """Nobody cancels or credits an ingress."""
+
+    async def start(self, ctx: Context) -> None:
+        """Subscribe, then listen."""
+        settings = ctx.settings
+        self.capacity = settings.max_in_flight
+        self._ctx = ctx
+        self._tally = observe.Tally()
+        self._traces = observe.Traces()
+        self._door = door = Door(max_in_flight=settings.max_in_flight, tally=self._tally)
+        self._desk = self._make_desk(ctx)
+        self._replies = Replies(ctx.bus, ctx.instance, ctx.rosters, self._desk)
+        self._desk.control = self._replies
+        self._auth = Auth(ctx.state.registry, settings.admin_api_key, ctx.log, time.monotonic)
+        ctx.bus_listeners.append(self._replies.on_bus)
+        self._add_routes(ctx, door)
+        self._add_metrics(ctx)
+        await self._replies.start()
+        self._server = Server(
+            door, refuse=door.refuse, max_connections=settings.max_connections, log=logging.getLogger("hotpath.ingress")
+        )
+        self._listener = await self._listen(settings)
+        self.port = self._listener.sockets[0].getsockname()[1]
+
+    def _make_desk(self, ctx: Context) -> Desk:
+        loop = asyncio.get_running_loop()
+        return Desk(
+            sender=ctx.sender,
+            wheel=Wheel(loop, time.monotonic),
+            handoff=Handoff(ctx.settings.handoff_timeout_ms / 1000),
+            instance=ctx.instance,
+            pid=ctx.pid,
+            now_ms=ctx.state.clock.now,
+        )
+
+    # ---- routes ------------------------------------------------------------------------------------------------------
+
+    def _add_routes(self, ctx: Context, door: Door) -> None:
+        settings, catalog = ctx.settings, ctx.catalog
+        health = Health(
+            bus=ctx.bus, registry=ctx.state.registry, rosters=ctx.rosters, models=len(catalog.models), door=door
+        )
+        chat = Chat(
+            rules=_rules(settings),
+            auth=self._auth,
+            models=catalog.models,
+            epoch=catalog.epoch,
+            desk=self._desk,
+            traces=self._traces,
+            cold=observe.ColdStart(ctx.log, ctx.started_at),
+            ready=health.require,
+        )
+        models = Models(self._auth, catalog.models)
+        door.add("POST", "/v1/chat/completions", chat)
+        door.add("GET", "/v1/models", models.every)
+        door.add("GET", PREFIX, models.one, prefix=True)
+        door.add("GET", "/health", health.health, public=True)
+        door.add("GET", "/ready", health.ready, public=True)
+        door.add("GET", "/metrics", self._metrics, public=True)
+        door.add("GET", "/metrics/targets", self._targets, public=True)
+        door.add("GET", "/trace/", self._trace, prefix=True, public=True)
+
+    async def _metrics(self, visit: Visit) -> Reply:
+        """S1-G01: a tenant's key is not enough."""
+        self._auth.admin(visit.request, visit.label)
+        return visit.reply(200, self._ctx.metrics.render(), [("Content-Type", METRICS_TYPE)])
+
+    async def _targets(self, visit: Visit) -> Reply:
+        self._auth.admin(visit.request, visit.label)
+        return visit.json(observe.targets(self._ctx.rosters, time.monotonic()))
+
+    async def _trace(self, visit: Visit) -> Reply:
+        self._auth.admin(visit.request, visit.label)
+        found = self._traces.find(visit.path[len("/trace/") :])
+        if found is None:
+            raise errors.NotFound("This ingress keeps no such request (it keeps the last 10,000).")
+        return visit.json(found)
+
+    def _add_metrics(self, ctx: Context) -> None:
+        """The same two on the process's own metrics port, and this role's numbers."""
+
+        async def targets(_request: web.Request) -> web.Response:
+            body = observe.targets(ctx.rosters, time.monotonic())
+            return web.Response(body=body, content_type="application/json")
+
+        async def trace(request: web.Request) -> web.Response:
+            found = self._traces.find(request.match_info["rid"])
+            status = 404 if found is None else 200
+            return web.Response(status=status, body=found or b"null", content_type="application/json")
+
+        ctx.metrics_app.router.add_get("/metrics/targets", targets)
+        ctx.metrics_app.router.add_get("/trace/{rid}", trace)
+        replies, auth = self._replies, self._auth
+        self._tally.numbers = {
+            "auth_failures": ("Requests without a valid key", lambda: float(auth.failures)),
+            "cancels": ("Cancels sent to providers", lambda: float(replies.cancels)),
+            "presumed_deaths": ("Instances found dead or frozen", lambda: float(replies.deaths)),
+            "stray_frames": ("Frames of streams that were gone", lambda: float(replies.stray_frames)),
+            "unknown_frames": ("Frames of a kind not known here", lambda: float(replies.unknown_frames)),
+            "bad_batches": ("Batches that could not be read", lambda: float(replies.bad_batches)),
+        }
+        ctx.metrics.registry.register(self._tally)
+
+    # ---- listening and draining --------------------------------------------------------------------------------------
+
+    async def _listen(self, settings: Settings) -> asyncio.Server:
+        """On the supervisor's socket if it handed one down, else on a port shared by SO_REUSEPORT (issue 2, 1)."""
+        loop = asyncio.get_running_loop()
+        if settings.hotpath_listen_fd >= 0:
+            sock = socket.socket(fileno=settings.hotpath_listen_fd)
+            sock.setblocking(False)
+            return await loop.create_server(self._server, sock=sock, backlog=BACKLOG)
+        return await loop.create_server(
+            self._server, settings.gateway_host, settings.gateway_port, backlog=BACKLOG, reuse_port=True
+        )
+
+    async def drain(self) -> None:
+        """New requests get 503, those in flight finish: whole ones within SHUTDOWN_DRAIN_MS, streams within
+        SHUTDOWN_STREAM_DRAIN_MS; what is left is told so."""
+        assert self._door is not None
+        settings = self._ctx.settings
+        self._door.draining = True
+        await self._wait(settings.shutdown_drain_ms / 1000)
+        self._end_open(streams=False)
+        await self._wait((settings.shutdown_stream_drain_ms - settings.shutdown_drain_ms) / 1000)
+        self._end_open(streams=True)
+        await self._wait(1.0)
+        self._listener.close()
+        self._server.pre_shutdown()
+        await self._server.shutdown(1.0)
+        await self._replies.close()
+
+    async def _wait(self, seconds: float) -> None:
+        """Until nothing is in flight, at most so long."""
+        assert self._door is not None
+        if seconds <= 0 or not self._door.in_flight:
+            return
+        try:
+            async with asyncio.timeout(seconds):
+                await self._door.emptied()
+        except TimeoutError:
+            pass
+
+    def _end_open(self, *, streams: bool) -> None:
+        """S1-H5c: say what did not finish, and end it."""
+        left = [exchange for exchange in self._desk.exchanges.values() if streams or not exchange.ask.stream]
+        if left:
+            self._ctx.log.warning("ending requests that did not finish", extra={"count": len(left)})
+        for exchange in left:
+            exchange.fail(errors.ShuttingDown().body(), "shutting down")
+
+
+def _rules(settings: Settings) -> Rules:
+    return Rules(
+        max_body=settings.max_body_bytes,
+        max_response=settings.max_response_bytes,
+        timeout_ms=settings.timeout_ms,
+        timeout_streaming_ms=settings.timeout_streaming_ms,
+        timeout_min_ms=settings.timeout_min_ms,
+        timeout_max_ms=settings.timeout_max_ms,
+        first_token=settings.timeout_first_token_ms / 1000,
+        idle=settings.timeout_idle_ms / 1000,
+        commit=settings.stream_commit_ms / 1000,
+        keepalive=settings.keepalive_ms / 1000,
+    )

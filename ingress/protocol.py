@@ -1,0 +1,213 @@
+"""aiohttp's connection with our manners (DESIGN 8).
+
+aiohttp answers what its parser refuses by itself, past every handler: in plain text, with the offending header echoed
+and logged. Here those refusals have the error shape of everything else and carry nothing of the input. A head must be
+complete within HEAD_S, connections are bounded, a client that takes nothing for STALLED_S is cut, and a body whose
+framing breaks half way tells its waiting handler (aiohttp leaves it waiting).
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, Protocol
+
+from aiohttp import web
+from aiohttp.http_exceptions import LineTooLong
+from aiohttp.web_protocol import RequestHandler, RequestPayloadError
+
+from shared.wire import errors
+
+HEAD_S: Final = 10.0  # faults 60: a head that is not complete by then is an attack
+IDLE_S: Final = 75.0  # kept-alive connections without a request; nginx's default
+STALLED_S: Final = 60.0  # faults 58, 59
+SWEEP_S: Final = 5.0
+#: How long an unread body is read and thrown away, so that the client sees our answer instead of a reset.
+LINGER_S: Final = 1.0
+#: Half a stream's window: below it the transport always has room for what credit allows (see sinks.Live).
+HIGH_WATER: Final = 32 * 1024
+LOW_WATER: Final = 16 * 1024
+
+Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+
+
+class Drained(Protocol):
+    """Who wants to know that the client took bytes."""
+
+    def drained(self) -> None:
+        """The transport is below its low-water mark again."""
+
+
+class Reply(web.StreamResponse):
+    """A response that is already bytes: aiohttp's own assembles, checks and copies headers for 20 us a request."""
+
+    def __init__(self, status: int, data: bytes, body: bytes = b"", *, keep: bool) -> None:
+        # What aiohttp's RequestHandler looks at, and no more: its base constructor makes what a Reply never uses.
+        self._status = status
+        self._data = data
+        self._more = body
+        self._keep_alive = keep
+        self._request: web.BaseRequest | None = None
+
+    async def prepare(self, request: web.BaseRequest) -> None:
+        """Write everything. Raises ConnectionResetError when the client is gone."""
+        self._request = request
+        connection = request.protocol
+        assert isinstance(connection, Connection)
+        if self._data:
+            connection.write(self._data)
+        if self._more:
+            connection.write(self._more)
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """Wait until the client has taken enough for the next request to be read."""
+        assert self._request is not None
+        assert not data
+        if self._request.protocol.writing_paused:
+            await self._request.writer.drain()
+
+
+class Connection(RequestHandler):
+    """One client connection."""
+
+    __slots__ = ("_head_timer", "_progress", "_progress_at", "_server", "listener", "written")
+
+    def __init__(self, server: "Server", **options: Any) -> None:
+        super().__init__(server, **options)
+        self._server = server
+        self._head_timer: asyncio.TimerHandle | None = None
+        self.listener: Drained | None = None
+        self.written = 0  # bytes given to the transport
+        self._progress = 0
+        self._progress_at = 0.0
+
+    def write(self, data: bytes) -> None:
+        """Give bytes to the transport. Raises ConnectionResetError when it is gone."""
+        transport = self.transport
+        if transport is None or transport.is_closing():
+            raise ConnectionResetError("the client is gone")
+        self.written += len(data)
+        transport.write(data)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Start the header timer; refuse at once above the bound."""
+        assert isinstance(transport, asyncio.Transport)
+        if self._server.full():
+            self._force_close = True
+            transport.write(self._server.overloaded())
+            transport.close()
+            return
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(HIGH_WATER, LOW_WATER)
+        self._head_timer = self._loop.call_later(HEAD_S, self._late)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Stop the timer; aiohttp cancels the handler, which is how an exchange learns of it."""
+        self._stop_head_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse; while nothing is being handled, a head is incomplete and the clock runs."""
+        super().data_received(data)
+        if self._messages:
+            if self._head_timer is not None:
+                self._stop_head_timer()
+            request = self._current_request
+            if request is not None and not hasattr(self._messages[-1][0], "headers"):
+                content = request.content
+                if not content.is_eof():
+                    content.set_exception(RequestPayloadError("bad framing"))
+        elif self._head_timer is None and self._waiter is not None and data:
+            self._head_timer = self._loop.call_later(HEAD_S, self._late)
+
+    def resume_writing(self) -> None:
+        """The client took bytes."""
+        super().resume_writing()
+        if self.listener is not None:
+            self.listener.drained()
+
+    def stalled(self, now: float) -> bool:
+        """Whether the client took nothing for STALLED_S while bytes were waiting for it."""
+        transport = self.transport
+        waiting = transport.get_write_buffer_size() if transport is not None else 0
+        progress = self.written - waiting
+        if waiting == 0 or progress != self._progress:
+            self._progress, self._progress_at = progress, now
+            return False
+        return now - self._progress_at >= STALLED_S
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,  # noqa: ARG002 - aiohttp's signature
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,  # noqa: ARG002
+    ) -> web.StreamResponse:
+        """Refuse in our shape. `message` holds the client's bytes: neither shown nor logged."""
+        if self.listener is not None:  # an answer has begun: all that is left is to cut it
+            raise ConnectionResetError("failed while streaming")
+        return self._server.refuse(status, exc)
+
+    def _late(self) -> None:
+        self._head_timer = None
+        if self._current_request is None and not self._messages:
+            self.force_close()
+
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+
+class Server(web.Server):
+    """Makes connections, bounds them, sweeps the stalled ones."""
+
+    def __init__(
+        self, handler: Handler, *, refuse: Callable[[errors.HotpathError], Reply], max_connections: int,
+        log: logging.Logger,
+    ) -> None:  # fmt: skip
+        super().__init__(handler, handler_cancellation=True)
+        self._refuse = refuse
+        self._max = max_connections
+        self._log = log
+        self._sweeper = self._loop.call_later(SWEEP_S, self._sweep)
+
+    def __call__(self) -> Connection:
+        """The protocol factory."""
+        return Connection(
+            self, loop=self._loop, access_log=None, auto_decompress=False, keepalive_timeout=IDLE_S,
+            lingering_time=LINGER_S, tcp_keepalive=True, logger=self._log,
+        )  # fmt: skip
+
+    def full(self) -> bool:
+        """Whether one more connection is too many."""
+        return len(self._connections) >= self._max
+
+    def overloaded(self) -> bytes:
+        """What a connection above the bound is told."""
+        return self._refuse(errors.Overloaded())._data  # noqa: SLF001 - our own class
+
+    def refuse(self, status: int, exc: BaseException | None) -> Reply:
+        """The answer to what aiohttp refused, or to a handler that failed."""
+        if status >= 500:
+            self._log.error("handler failed", exc_info=_masked(exc))
+            return self._refuse(errors.HotpathError())
+        if isinstance(exc, LineTooLong) or "Too many headers" in str(exc):
+            return self._refuse(errors.HeadersTooLarge())
+        return self._refuse(errors.ClientError("The request is not valid HTTP/1.1.", param=None))
+
+    def _sweep(self) -> None:
+        now = self._loop.time()
+        for connection, transport in list(self._connections.items()):
+            if isinstance(connection, Connection) and connection.stalled(now):
+                transport.abort()
+        self._sweeper = self._loop.call_later(SWEEP_S, self._sweep)
+
+    async def shutdown(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - aiohttp's signature
+        """Close every connection."""
+        self._sweeper.cancel()
+        await super().shutdown(timeout)
+
+
+def _masked(exc: BaseException | None) -> Any:
+    """The exception's type and traceback without its text, which may quote the client (I9)."""
+    return None if exc is None else (RuntimeError, RuntimeError(type(exc).__name__), exc.__traceback__)

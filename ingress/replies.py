@@ -1,0 +1,242 @@
+"""Frames in, control out: this process's one reply subscription, its credit and its liveness (DESIGN 3).
+
+A *pair* is a provider instance and us: it has the highest batch offset read, and the exchanges that wait on it. Every
+250 ms each instance waited on gets an empty message on its control subject, our own inbox as reply: NATS's 503 means
+killed, silence for 1.5 s means frozen, and a frozen process is treated as dead. Credit goes out when half a window is
+free and again every 500 ms while anything is open, so that a lost batch or a lost credit heals.
+"""
+
+import asyncio
+from collections.abc import Mapping
+from typing import Final
+
+import msgspec
+
+from ingress.deliver import HALF_WINDOW, Desk, Exchange
+from shared.bus.base import Bus, BusUnavailable, Subscription
+from shared.bus.roster import Roster
+from shared.wire import errors, subjects
+from shared.wire.messages import Accepted, Batch, Cancel, Credit, Delta, Frame, decode_batch, decode_frame, encode
+
+TICK_S: Final = 0.25
+SILENT_S: Final = 1.5
+#: A tick later than this by its own doing: our loop stood still, and the silence may be ours.
+STALL_S: Final = 0.25
+GRACE_S: Final = 0.5  # one beat
+#: Delta bytes a provider may send us beyond what we have read (DESIGN 3).
+PAIR_WINDOW: Final = 16 * 1024 * 1024
+#: An idle pair is forgotten; its next batch tells the offset again.
+FORGET_S: Final = 60.0
+
+
+class Pair:
+    """One instance and us."""
+
+    __slots__ = ("control", "credited", "heard", "instance", "open", "read")
+
+    def __init__(self, instance: str, now: float) -> None:
+        self.instance = instance
+        self.control = subjects.control(instance)
+        self.read = 0  # highest Batch.offset
+        self.credited = 0  # of that, told
+        self.heard = now
+        self.open: dict[int, Exchange] = {}  # exchanges that wait on it
+
+
+class Replies:
+    """The reply subscription and everything that keeps the other side informed."""
+
+    def __init__(self, bus: Bus, instance: str, rosters: Mapping[str, Roster], desk: Desk) -> None:
+        self._bus = bus
+        self._instance = instance
+        self._rosters = rosters
+        self._desk = desk
+        self._pairs: dict[str, Pair] = {}
+        self._subscriptions: list[Subscription] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._ticked = 0.0
+        self._even = False
+        self._alive = f"{instance}-alive"  # the inbox of liveness answers; the Sender has its own
+        self._alive_prefix = subjects.inbox(self._alive, "")
+        self.unknown_frames = 0
+        self.bad_batches = 0
+        self.stray_frames = 0
+        self.deaths = 0
+        self.cancels = 0
+
+    @property
+    def pairs(self) -> int:
+        """Instances remembered."""
+        return len(self._pairs)
+
+    async def start(self) -> None:
+        """Subscribe, and begin to tick."""
+        inbox = subjects.inbox(self._alive, "*")
+        self._subscriptions.append(await self._bus.subscribe(inbox, self._on_alive))
+        reply = subjects.reply("ingress", self._instance)
+        self._subscriptions.append(await self._bus.subscribe(reply, self._on_batch))
+        self._ticked = self._desk.clock()
+        self._timer = asyncio.get_running_loop().call_later(TICK_S, self._tick)
+
+    async def close(self) -> None:
+        """No more ticks, no more frames."""
+        if self._timer is not None:
+            self._timer.cancel()
+        for subscription in self._subscriptions:
+            await subscription.drain()
+
+    # ---- in ----------------------------------------------------------------------------------------------------------
+
+    def _on_batch(self, _subject: str, _reply: str, payload: bytes, _no_responders: bool) -> None:
+        try:
+            batch = decode_batch(payload)
+        except msgspec.MsgspecError:
+            self.bad_batches += 1
+            return
+        if subjects.TOKEN.match(batch.instance) is None:  # it becomes part of a subject
+            self.bad_batches += 1
+            return
+        now = self._desk.clock()
+        pair = self._pair(batch, now)
+        exchanges = self._desk.exchanges
+        told: set[tuple[int, int]] = set()
+        for raw in batch.frames:
+            try:
+                frame = decode_frame(raw)
+            except msgspec.MsgspecError:  # a kind that a newer worker knows
+                self.unknown_frames += 1
+                continue
+            exchange = exchanges.get(frame.stream)
+            if exchange is not None:
+                exchange.frame(frame, batch.instance, now)
+            else:
+                self._stray(frame, batch.instance, told)
+        if pair is not None and pair.read - pair.credited >= PAIR_WINDOW // 2:
+            self._tell(pair, ())
+
+    def _pair(self, batch: Batch, now: float) -> Pair | None:
+        """Guardians and routing answer too, without Delta bytes: only who sends bytes has an offset to keep."""
+        pair = self._pairs.get(batch.instance)
+        if pair is None:
+            if not batch.offset:
+                return None
+            pair = self._pairs[batch.instance] = Pair(batch.instance, now)
+            pair.credited = batch.offset  # what came before we forgot it was credited then
+        pair.heard = now
+        pair.read = max(pair.read, batch.offset)
+        return pair
+
+    def _stray(self, frame: Frame, instance: str, told: set[tuple[int, int]]) -> None:
+        """A stream that is gone: an Accepted or text for it is answered with cancel, once a batch."""
+        self.stray_frames += 1
+        key = (frame.stream, frame.delivery)
+        if isinstance(frame, Accepted | Delta) and key not in told:
+            told.add(key)
+            self.stop(instance, frame.stream, frame.delivery, "no such stream")
+
+    def _on_alive(self, subject: str, _reply: str, _payload: bytes, no_responders: bool) -> None:
+        pair = self._pairs.get(subject[len(self._alive_prefix) :])
+        if pair is None:
+            return
+        if no_responders:
+            self._dead(pair, self._desk.clock())
+        else:
+            pair.heard = self._desk.clock()
+
+    # ---- out ---------------------------------------------------------------------------------------------------------
+
+    def stop(self, instance: str, stream: int, delivery: int, reason: str) -> None:
+        """Publish a cancel. A lost one heals: the provider's next frame is answered with another."""
+        self.cancels += 1
+        cancel = Cancel(role="ingress", instance=self._instance, stream=stream, delivery=delivery, reason=reason)
+        self._publish(subjects.control(instance), encode(cancel))
+
+    def waits(self, exchange: Exchange, before: str, now_on: str) -> None:
+        """The exchange waited on `before` and waits on `now_on` now ("" = nobody)."""
+        if before and (pair := self._pairs.get(before)) is not None:
+            pair.open.pop(exchange.number, None)
+        if now_on:
+            now = self._desk.clock()
+            pair = self._pairs.get(now_on)
+            if pair is None:
+                pair = self._pairs[now_on] = Pair(now_on, now)
+            if not pair.open:
+                pair.heard = now  # the silence begins now
+            pair.open[exchange.number] = exchange
+
+    def credit_due(self, exchange: Exchange) -> None:
+        """Half a window may be free."""
+        machine = exchange.machine
+        pair = self._pairs.get(machine.holder)
+        if pair is None or not machine.delivery:
+            return
+        taken = exchange.credit(self._desk.clock())
+        if taken - exchange.credited >= HALF_WINDOW:
+            exchange.credited = taken
+            self._tell(pair, ((exchange.number, machine.delivery, taken),))
+
+    def _tell(self, pair: Pair, streams: tuple[tuple[int, int, int], ...]) -> None:
+        pair.credited = pair.read
+        credit = Credit(role="ingress", instance=self._instance, read=pair.read, streams=streams)
+        self._publish(pair.control, encode(credit))
+
+    def _publish(self, subject: str, payload: bytes, reply: str = "") -> bool:
+        try:
+            self._bus.publish(subject, payload, reply)
+        except BusUnavailable:
+            return False
+        return True
+
+    # ---- every 250 ms ------------------------------------------------------------------------------------------------
+
+    def _tick(self) -> None:
+        now = self._desk.clock()
+        late = now - self._ticked - TICK_S
+        self._ticked = now
+        self._even = not self._even
+        self._timer = asyncio.get_running_loop().call_later(TICK_S, self._tick)
+        if not self._bus.connected:
+            self._bus_down()
+            return
+        for pair in list(self._pairs.values()):
+            if late > STALL_S:
+                pair.heard = max(pair.heard, now - SILENT_S + GRACE_S)
+            if pair.open:
+                self._watch(pair, now)
+            elif now - pair.heard > FORGET_S:
+                del self._pairs[pair.instance]
+
+    def _watch(self, pair: Pair, now: float) -> None:
+        if now - pair.heard >= SILENT_S:
+            self._dead(pair, now)
+            return
+        self._publish(pair.control, b"", self._alive_prefix + pair.instance)
+        if self._even:
+            streams = []
+            for number, exchange in pair.open.items():
+                machine = exchange.machine
+                if machine.delivery:
+                    exchange.credited = exchange.credit(now)
+                    streams.append((number, machine.delivery, exchange.credited))
+            if streams:
+                self._tell(pair, tuple(streams))
+
+    def _dead(self, pair: Pair, now: float) -> None:
+        """Killed or frozen: its requests are delivered again, or end with an error."""
+        self.deaths += 1
+        for roster in self._rosters.values():
+            roster.dead(pair.instance)
+        self._pairs.pop(pair.instance, None)
+        for exchange in list(pair.open.values()):
+            exchange.died(pair.instance, now)
+
+    def on_bus(self, connected: bool) -> None:
+        """The connection went or came back."""
+        if not connected:
+            self._bus_down()
+
+    def _bus_down(self) -> None:
+        """Frames are being lost: what is open cannot end well, and new requests are refused by the publish itself."""
+        error = errors.BusDown().body()
+        for exchange in list(self._desk.exchanges.values()):
+            exchange.fail(error, "bus down")
