@@ -29,9 +29,10 @@ import uvloop
 
 from shared import catalog as catalogs
 from shared import settings as environment
-from shared.bus.base import Bus, BusUnavailable, PayloadTooLarge
+from shared.bus.base import Bus, BusUnavailable
 from shared.bus.nats import NatsBus
-from shared.bus.roster import BEAT_S, Roster
+from shared.bus.pulse import Living, Pulse
+from shared.bus.roster import Roster
 from shared.bus.sender import Sender
 from shared.catalog import Catalog
 from shared.settings import Settings
@@ -40,7 +41,7 @@ from shared.state.redis import State
 from shared.telemetry.log import Log
 from shared.telemetry.metrics import Metrics, MetricsServer
 from shared.wire import subjects
-from shared.wire.messages import Beat, Cancel, Credit, decode_beat, decode_control, encode
+from shared.wire.messages import Cancel, Credit, decode_control
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -51,10 +52,6 @@ EXIT_CONFIG: Final = 78  # EX_CONFIG of sysexits.h: a supervisor need not try ag
 CONNECT_S: Final = 10.0  # how long the first connection is tried
 RETRY_S: Final = 0.1
 ENVELOPE_BYTES: Final = 65_536  # what an envelope may add to the largest body (DESIGN 3)
-EARLY_BEATS: Final = 20  # the first 2 s: peers that boot at the same time find each other within 100 ms
-EARLY_BEAT_S: Final = 0.1
-STALL_LOOK_S: Final = 0.1  # with a look each 100 ms and 150 ms allowed, no stall over 250 ms goes unnoticed
-STALL_LATE_S: Final = 0.15
 DRAIN_MARGIN_S: Final = 5.0  # over the roles' own drain bounds, for settling and closing
 
 T = TypeVar("T")
@@ -146,11 +143,8 @@ class Process:
         self._buses: dict[str, Bus] = {}
         self._listeners: list[Callable[[bool], None]] = []
         self._stop = asyncio.Event()
-        self._draining = False
-        self._beats_sent = 0
-        self._timers: dict[str, asyncio.TimerHandle] = {}
-        self._foreign = self._metrics.counter("messages_ignored_total", "Control and beats not understood", ("kind",))
-        self._stalls = self._metrics.counter("loop_stalls_total", "Times the event loop stood still over 250 ms")
+        self._pulse = Pulse(self._rosters)
+        self._foreign = 0  # control messages not understood
 
     # ---- boot
 
@@ -207,8 +201,13 @@ class Process:
         server.start()
         gc.collect()
         gc.freeze()  # what is loaded now lives as long as the process: full collections need not walk it
-        self._beat(server.url)
-        self._look_for_stall(time.monotonic())
+        self._pulse.start(
+            [
+                Living(role.name, ctx.instance, role.capacity, role.in_flight, ctx.bus, ctx.sender)
+                for role, ctx in zip(self._roles, self._contexts, strict=True)
+            ],
+            server.url,
+        )
         self._say_ready(server.url)
         return server, state
 
@@ -269,6 +268,12 @@ class Process:
     def _register_metrics(self) -> None:
         connected = self._metrics.gauge("bus_connected", "1 while NATS is connected")
         connected.set_function(lambda: float(all(bus.connected for bus in self._buses.values())))
+        errors = self._metrics.gauge("bus_errors", "What went wrong on the bus since the start")
+        errors.set_function(lambda: float(sum(sum(bus.errors.values()) for bus in self._buses.values())))
+        ignored = self._metrics.gauge("messages_ignored", "Beats and control messages not understood")
+        ignored.set_function(lambda: float(self._foreign + self._pulse.ignored))
+        stalls = self._metrics.gauge("loop_stalls", "Times the event loop stood still for over 250 ms")
+        stalls.set_function(lambda: float(self._pulse.stalls))
         dropped = self._metrics.gauge("log_lines_dropped", "Log lines lost to a full queue or disk")
         dropped.set_function(lambda: float(self._logs.handler.dropped))
         in_flight = self._metrics.gauge("in_flight", "Requests in flight", ("role",))
@@ -291,22 +296,9 @@ class Process:
 
         await first.subscribe(subjects.NOTICE_REGISTRY, on_registry)
         await first.subscribe(subjects.NOTICE_CIRCUIT, on_circuit)
-        for name in self._rosters:
-            await first.subscribe(subjects.beat(name, "*"), self._on_beat)
+        await self._pulse.listen(first)
         for role, ctx in zip(self._roles, self._contexts, strict=True):
             await ctx.bus.subscribe(subjects.control(ctx.instance), self._control_handler(role, ctx))
-
-    def _on_beat(self, subject: str, _reply: str, payload: bytes, _no_responders: bool) -> None:
-        try:
-            beat = decode_beat(payload)
-        except msgspec.DecodeError:
-            self._foreign.labels("beat").inc()
-            return
-        # The subject says who may have sent it (NATS's allow-lists), the payload must agree.
-        if subject != subjects.beat(beat.role, beat.instance):
-            self._foreign.labels("beat").inc()
-            return
-        self._rosters[beat.role].on_beat(beat, time.monotonic())
 
     def _control_handler(self, role: Role, ctx: Context) -> Callable[[str, str, bytes, bool], None]:
         def on_control(_subject: str, reply: str, payload: bytes, _no_responders: bool) -> None:
@@ -317,8 +309,8 @@ class Process:
                 return
             try:
                 message = decode_control(payload)
-            except msgspec.DecodeError:
-                self._foreign.labels("control").inc()
+            except msgspec.MsgspecError:
+                self._foreign += 1
                 return
             role.control(message)
 
@@ -326,52 +318,16 @@ class Process:
 
     # ---- life
 
-    def _beat(self, url: str) -> None:
-        """Say that we live; called again by itself."""
-        early = self._beats_sent < EARLY_BEATS and not self._draining
-        self._timers["beat"] = asyncio.get_running_loop().call_later(EARLY_BEAT_S if early else BEAT_S, self._beat, url)
-        self._beats_sent += 1
-        now = time.monotonic()
-        for role, ctx in zip(self._roles, self._contexts, strict=True):
-            ctx.sender.sweep(now)
-            beat = Beat(
-                role=role.name,
-                instance=ctx.instance,
-                pid=ctx.pid,
-                in_flight=role.in_flight(),
-                capacity=role.capacity,
-                draining=self._draining,
-                metrics=url,
-            )
-            with contextlib.suppress(BusUnavailable, PayloadTooLarge):  # silence is what the others should hear then
-                ctx.bus.publish(subjects.beat(role.name, ctx.instance), encode(beat))
-
-    def _look_for_stall(self, due: float) -> None:
-        now = time.monotonic()
-        late = now - due
-        if late > STALL_LATE_S:
-            stalled = late + STALL_LOOK_S
-            for roster in self._rosters.values():
-                roster.grace(now, stalled)
-            self._stalls.inc()
-            self._log.warning("the event loop stood still", extra={"ms": int(late * 1000)})
-        self._timers["stall"] = asyncio.get_running_loop().call_later(
-            STALL_LOOK_S, self._look_for_stall, now + STALL_LOOK_S
-        )
-
     def _on_bus(self, connected: bool) -> None:
         if connected:
             self._log.info("bus connected again")
-            if "beat" in self._timers:  # the others hear of us at once
-                self._timers.pop("beat").cancel()
-                self._beat(self._url)
+            self._pulse.beat()  # the others hear of us at once
         else:
             self._log.error("bus disconnected")
         for listener in self._listeners:
             listener(connected)
 
     def _say_ready(self, url: str) -> None:
-        self._url = url
         descriptor = self._settings.hotpath_ready_fd
         if descriptor < 0:
             return
@@ -403,10 +359,8 @@ class Process:
         self._stop.set()
 
     async def _end(self, server: MetricsServer, state: State) -> None:
-        self._draining = True
         self._log.info("draining", extra={"in_flight": sum(role.in_flight() for role in self._roles)})
-        self._timers.pop("beat").cancel()
-        self._beat(server.url)
+        self._pulse.drain()
         bound = max(self._settings.shutdown_drain_ms, self._settings.shutdown_stream_drain_ms) / 1000 + DRAIN_MARGIN_S
         drains = [asyncio.ensure_future(role.drain()) for role in self._roles]
         done, late = await asyncio.wait(drains, timeout=bound)
@@ -415,8 +369,7 @@ class Process:
         for task in done:
             if (error := task.exception()) is not None:
                 self._log.error("drain failed", exc_info=(type(error), error, error.__traceback__))
-        for timer in self._timers.values():
-            timer.cancel()
+        self._pulse.stop()
         await server.close()
         for bus in self._buses.values():
             await bus.close()

@@ -12,6 +12,10 @@ class BusUnavailable(Exception):
     """The connection is down: nothing was sent (a publish while disconnected fails at once, it is never buffered)."""
 
 
+class NotAllowed(BusUnavailable):
+    """The server's allow-lists, or its list of users, refuse this: trying again changes nothing."""
+
+
 class PayloadTooLarge(Exception):
     """Larger than the server's max_payload: nothing was sent."""
 
@@ -29,6 +33,9 @@ class Subscription(Protocol):
 
 class Bus(Protocol):
     """Publish and subscribe, checked."""
+
+    errors: dict[str, int]
+    """What went wrong since the start, by kind: each was logged too."""
 
     @property
     def connected(self) -> bool:

@@ -1,0 +1,129 @@
+"""The pulse of one process: it says that its instances live, hears who else does, and notices when it stood still.
+
+Beats go out every 500 ms, in the first two seconds every 100 ms: processes that boot together find each other within
+100 ms. A process that notices that its own loop stood still for over 250 ms grants everybody one beat of grace
+(DESIGN 3): the silence may have been its own.
+"""
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+
+from shared.bus.base import Bus, BusUnavailable, PayloadTooLarge
+from shared.bus.roster import BEAT_S, Roster
+from shared.bus.sender import Sender
+from shared.wire import subjects
+from shared.wire.messages import Beat, decode_beat, encode
+
+EARLY_BEATS: Final = 20
+EARLY_BEAT_S: Final = 0.1
+#: With a look each 100 ms and 150 ms of lateness allowed, no stall over 250 ms goes unnoticed.
+LOOK_S: Final = 0.1
+LATE_S: Final = 0.15
+
+_log: Final = logging.getLogger("hotpath.pulse")
+
+
+@dataclass(frozen=True, slots=True)
+class Living:
+    """One instance of this process."""
+
+    role: str
+    instance: str
+    capacity: int
+    in_flight: Callable[[], int]
+    bus: Bus
+    sender: Sender
+
+
+class Pulse:
+    """Beats of this process's instances, and the rosters that others' beats fill."""
+
+    def __init__(self, rosters: Mapping[str, Roster]) -> None:
+        self.ignored = 0  # beats not understood, or not their subject's
+        self.stalls = 0
+        self._rosters = rosters
+        self._living: list[Living] = []
+        self._url = ""
+        self._draining = False
+        self._sent = 0
+        self._beat_timer: asyncio.TimerHandle | None = None
+        self._look_timer: asyncio.TimerHandle | None = None
+
+    async def listen(self, bus: Bus) -> None:
+        """Follow the beats of every role that has a roster. Raises what `subscribe` raises."""
+        for role in self._rosters:
+            await bus.subscribe(subjects.beat(role, "*"), self._on_beat)
+
+    def start(self, living: list[Living], metrics_url: str) -> None:
+        """Say at once that these live, and go on saying it."""
+        self._living = living
+        self._url = metrics_url
+        self.beat()
+        self._look(time.monotonic())
+
+    def drain(self) -> None:
+        """Say that nothing more should be sent here; the beats go on."""
+        self._draining = True
+        self.beat()
+
+    def stop(self) -> None:
+        """No further beat."""
+        for timer in (self._beat_timer, self._look_timer):
+            if timer is not None:
+                timer.cancel()
+        self._living = []
+
+    def beat(self) -> None:
+        """One beat now, the next ones by themselves."""
+        if not self._living:
+            return
+        if self._beat_timer is not None:
+            self._beat_timer.cancel()
+        wait = EARLY_BEAT_S if self._sent < EARLY_BEATS else BEAT_S
+        self._beat_timer = asyncio.get_running_loop().call_later(wait, self.beat)
+        self._sent += 1
+        now = time.monotonic()
+        for one in self._living:
+            one.sender.sweep(now)
+            beat = Beat(
+                role=one.role,
+                instance=one.instance,
+                pid=os.getpid(),
+                in_flight=one.in_flight(),
+                capacity=one.capacity,
+                draining=self._draining,
+                metrics=self._url,
+            )
+            try:
+                one.bus.publish(subjects.beat(one.role, one.instance), encode(beat))
+            except (BusUnavailable, PayloadTooLarge):
+                continue  # silence is what the others should hear then
+
+    def _on_beat(self, subject: str, _reply: str, payload: bytes, _no_responders: bool) -> None:
+        try:
+            beat = decode_beat(payload)
+        except msgspec.MsgspecError:
+            self.ignored += 1
+            return
+        # The subject says who may have sent it (NATS's allow-lists); the payload must agree.
+        if subject != subjects.beat(beat.role, beat.instance):
+            self.ignored += 1
+            return
+        self._rosters[beat.role].on_beat(beat, time.monotonic())
+
+    def _look(self, due: float) -> None:
+        now = time.monotonic()
+        self._look_timer = asyncio.get_running_loop().call_later(LOOK_S, self._look, now + LOOK_S)
+        late = now - due
+        if late > LATE_S:
+            for roster in self._rosters.values():
+                roster.grace(now, late + LOOK_S)
+            self.stalls += 1
+            _log.warning("the event loop stood still", extra={"ms": int(late * 1000)})
