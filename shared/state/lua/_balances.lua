@@ -7,7 +7,7 @@
 -- ARGV[1..4] rid, lease grace, tombstone and unconfirmed spans in ms; each script names its own further ones.
 --
 -- entry {state, delivery, voided, deadline, day, amount, call...}   state R reserved, V voided, D dispatched or settled;
---       delivery: newest that reserved; voided: newest that was voided; day: of the reserve, charged at the settle
+--       delivery: newest that reserved; voided: newest that was voided; deadline: 0 if never reserved; day: of the reserve, charged at the settle
 -- call  {number, state, amount, cost, estimated, instance, delivery, due}   state D dispatched, S settled,
 --       U unconfirmed (until due), B posted at its upper bound, N not known before its settle
 local STATE, DELIVERY, VOIDED, DEADLINE, DAY, AMOUNT, CALLS = 1, 2, 3, 4, 5, 6, 6

@@ -10,7 +10,7 @@ local number, cost, estimated = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(A
 local status = 'settled'
 local entry = load()
 if not entry then
-  entry, status = {'D', 0, 0, now, today, 0}, 'opened'
+  entry, status = {'D', 0, 0, 0, today, 0}, 'opened'
 end
 
 local call

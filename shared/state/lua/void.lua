@@ -7,7 +7,7 @@
 -- Returns {'voided'} | {'kept'} (a later delivery reserved, or one dispatched)
 local delivery, instance = tonumber(ARGV[5]), ARGV[6]
 
-local entry = load() or {'V', 0, 0, now, today, 0}
+local entry = load() or {'V', 0, 0, 0, today, 0}
 local last = newest(entry)
 if last then
   local mine = last[INSTANCE] == instance and last[HOLDER_DELIVERY] == delivery

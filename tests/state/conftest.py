@@ -1,0 +1,47 @@
+"""What the tests of the shared state stand on: a State on the session's Valkey, or a Valkey of the test's own to break."""
+
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from deploy import servers
+from shared.state.redis import State
+from tests.state.rig import Money, settings_for
+
+Connect = Callable[..., Awaitable[State]]
+
+
+@pytest.fixture
+def own_valkey(tmp_path: Path) -> Iterator[str]:
+    """A Valkey for this test alone: it may be paused, filled, flushed or made a replica."""
+    port = servers.free_port()
+    with servers.running(servers.valkey_command(tmp_path / "valkey", port), port, tmp_path / "log"):
+        yield f"redis://127.0.0.1:{port}/0"
+
+
+@pytest.fixture
+async def connect() -> AsyncIterator[Connect]:
+    """Connects States (`await connect(url, NAME="value")`) and closes them at the end."""
+    states: list[State] = []
+
+    async def make(url: str, **environment: str) -> State:
+        states.append(await State.connect(settings_for(url, **environment)))
+        return states[-1]
+
+    yield make
+    for state in states:
+        await state.close()
+
+
+@pytest.fixture
+async def state(connect: Connect, valkey_url: str) -> State:
+    """A State on the session's Valkey."""
+    return await connect(valkey_url)
+
+
+@pytest.fixture
+def money(state: State) -> Money:
+    """The ledger of a tenant of this test's own."""
+    return Money(state, f"t{secrets.token_hex(6)}")

@@ -1,0 +1,121 @@
+"""Short words for the ledger's calls, and a way to let time pass."""
+
+import secrets
+from typing import Any
+
+import msgspec
+
+from shared.settings import Settings, load
+from shared.state import keys
+from shared.state.base import Dispatched, Level, Reserved
+from shared.state.ledger import Entry
+from shared.state.redis import State
+
+MINUTE = 60_000
+HOUR = 60 * MINUTE
+DAY = 24 * HOUR
+
+
+def settings_for(url: str, **environment: str) -> Settings:
+    return load(
+        {
+            "GATEWAY_API_KEY": "g" * 40,
+            "KEY_PEPPER": "p" * 40,
+            "ADMIN_API_KEY": "a" * 40,
+            "REDIS_URL": url,
+            **environment,
+        }
+    )
+
+
+def new_rid() -> str:
+    return secrets.token_hex(16)
+
+
+class Money:
+    """The ledger of one tenant. `stale` sends a not-after that has gone by."""
+
+    def __init__(self, state: State, tenant: str) -> None:
+        self.state = state
+        self.tenant = tenant
+
+    @property
+    def now(self) -> int:
+        return self.state.clock.now()
+
+    def _not_after(self, stale: bool) -> int:
+        return self.now + (-5000 if stale else 5000)
+
+    async def reserve(
+        self, rid: str, delivery: int = 1, amount: int = 100, ttl: int = HOUR, *, stale: bool = False
+    ) -> Reserved:
+        return await self.state.ledger.reserve(
+            tenant=self.tenant, rid=rid, delivery=delivery, amount=amount, deadline=self.now + ttl,
+            not_after=self._not_after(stale),
+        )  # fmt: skip
+
+    async def dispatch(
+        self, rid: str, delivery: int = 1, instance: str = "A", lost: str = "", amount: int = 100, max_calls: int = 3,
+        *, stale: bool = False,
+    ) -> Dispatched:  # fmt: skip
+        return await self.state.ledger.dispatch(
+            tenant=self.tenant, rid=rid, delivery=delivery, instance=instance, lost=lost, amount=amount,
+            max_calls=max_calls, not_after=self._not_after(stale),
+        )  # fmt: skip
+
+    async def topup(
+        self, rid: str, call: int, delivery: int = 1, instance: str = "A", amount: int = 100, max_calls: int = 3,
+        *, stale: bool = False,
+    ) -> Dispatched:  # fmt: skip
+        return await self.state.ledger.topup(
+            tenant=self.tenant, rid=rid, call=call, delivery=delivery, instance=instance, amount=amount,
+            max_calls=max_calls, not_after=self._not_after(stale),
+        )  # fmt: skip
+
+    async def settle(self, rid: str, call: int = 1, cost: int = 60, *, estimated: bool = False) -> str:
+        return await self.state.ledger.settle(tenant=self.tenant, rid=rid, call=call, cost=cost, estimated=estimated)
+
+    async def void(self, rid: str, delivery: int = 1, instance: str = "") -> str:
+        return await self.state.ledger.void(tenant=self.tenant, rid=rid, delivery=delivery, instance=instance)
+
+    async def expire(self) -> int:
+        return await self.state.ledger.expire(tenant=self.tenant)
+
+    async def limit(self, period: keys.Period, limit: int | None) -> None:
+        await self.state.set_limit(self.tenant, period, limit)
+
+    async def levels(self) -> dict[str, Level]:
+        return {level.period: level for level in await self.state.ledger.balances(tenant=self.tenant)}
+
+    async def held(self) -> tuple[int, int, int]:
+        """Settled, pending, unconfirmed of the lifetime."""
+        level = (await self.levels())["lifetime"]
+        return level.settled, level.pending, level.unconfirmed
+
+    async def calls(self, rid: str) -> list[tuple[int, str]]:
+        return [(each.call, each.state) for each in await self.entries() if each.rid == rid]
+
+    async def entries(self) -> list[Entry]:
+        return await self.state.ledger.entries(tenant=self.tenant)
+
+    async def raw(self, *command: bytes | int | str) -> Any:
+        return await self.state._side.execute(*command, within=1.0)
+
+    async def leases(self) -> dict[str, int]:
+        """When each rid is next due, in ms from now."""
+        flat = await self.raw("ZRANGE", keys.leases(self.tenant), 0, -1, "WITHSCORES")
+        return {rid.hex(): int(float(score)) - self.now for rid, score in zip(flat[::2], flat[1::2], strict=True)}
+
+    async def age(self, ms: int) -> None:
+        """Let time pass for this tenant: every stored time moves into the past. (The scripts' clock is the server's and
+        has no switch; the data has none but deadlines, due times and leases.)"""
+        flat = await self.raw("HGETALL", keys.entries(self.tenant))
+        for rid, packed in zip(flat[::2], flat[1::2], strict=True):
+            entry = msgspec.msgpack.decode(packed)
+            entry[3] -= ms
+            for call in entry[6:]:
+                if call[7]:
+                    call[7] -= ms
+            await self.raw("HSET", keys.entries(self.tenant), rid, msgspec.msgpack.encode(entry))
+        for rid in flat[::2]:
+            await self.raw("ZINCRBY", keys.leases(self.tenant), -ms, rid)
