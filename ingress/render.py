@@ -50,7 +50,7 @@ def br_fields(given: Mapping[str, str] | None) -> list[tuple[str, str]]:
     """The X-BR headers a worker sent, in its order; what is none, or could not stand in a head, is left out."""
     if not given:
         return []
-    return [item for item in given.items() if item[0].startswith("X-BR-") and _VALUE.match(item[1])]
+    return [item for item in given.items() if item[0].startswith(headers.BR_PREFIX) and _VALUE.match(item[1])]
 
 
 def error_fields(error: ErrorBody) -> list[tuple[str, str]]:

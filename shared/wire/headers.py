@@ -6,6 +6,7 @@ REQUEST_ID: Final = "X-Request-ID"  # the client's label, echoed (S1-H1); on the
 TIMEOUT_MS: Final = "X-Timeout-Ms"  # S1-G03, clamped
 DONE_PAYLOAD: Final = "X-BR-Done-Payload"  # D5: inline (default) | append | comment
 
+BR_PREFIX: Final = "X-BR-"  # what all of ours begin with
 BR_REQUEST_ID: Final = "X-BR-Request-Id"  # our own id: of the money, the frames and `hotpath trace`
 BR_GUARDIAN_STATUS: Final = "X-BR-Guardian-Status"  # on | degraded
 BR_ESTIMATED_COST: Final = "X-BR-Estimated-Cost"  # $0.03 (D12)
