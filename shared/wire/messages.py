@@ -24,7 +24,7 @@ class Price(Struct, frozen=True, array_like=True):
 
 
 class Hop(Struct, frozen=True, array_like=True):
-    """One process a request went through: what `hotpath trace` prints. `at` is shared-clock ms, `took_us` its own work."""
+    """One process a request went through (`hotpath trace`). `at` is shared-clock ms, `took_us` its own work."""
 
     role: str
     instance: str
@@ -161,7 +161,7 @@ class Accepted(Struct, frozen=True, array_like=True, tag="a"):
 
 
 class Refused(Struct, frozen=True, array_like=True, tag="r"):
-    """This delivery found a live holder: counts as that holder's Accepted."""
+    """The delivery found a live holder: counts as that holder's Accepted."""
 
     stream: int
     delivery: int
@@ -272,7 +272,7 @@ class Outcomes(Struct, frozen=True, kw_only=True):
     calls: tuple[Outcome, ...]
 
 
-# ---- codecs: made once, shared (msgspec's advice) ----------------------------------------------------------------------
+# ---- codecs: made once, shared (msgspec's advice) --------------------------------------------------------------------
 
 encode: Final = msgspec.msgpack.Encoder().encode
 decode_admit: Final = msgspec.msgpack.Decoder(Admit).decode
