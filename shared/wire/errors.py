@@ -54,9 +54,7 @@ class HotpathError(Exception):
 
 def render(error: ErrorBody) -> bytes:
     """`{"error": {"message", "type", "param", "code"}}`: OpenAI's shape, without a bare CR or LF."""
-    return _json(
-        {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
-    )
+    return _json({"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}})
 
 
 # ---- the client's --------------------------------------------------------------------------------------------------

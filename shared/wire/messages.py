@@ -14,7 +14,6 @@ from msgspec import Struct
 VERSION: Final = 1
 
 
-
 class Price(Struct, frozen=True, array_like=True):
     """What a model costs, in nano-USD per **million** tokens (so that $0.0375 per million stays an integer)."""
 
@@ -216,7 +215,7 @@ class Batch(Struct, frozen=True, array_like=True):
     frames: list[msgspec.Raw]
 
 
-# ---- control: to control.<instance>; an empty message asks "are you there?" and is answered empty ---------------------
+# ---- control: to control.<instance>; an empty message asks "are you there?" and is answered empty --------------------
 
 
 class Cancel(Struct, frozen=True, kw_only=True, tag_field="kind", tag="cancel"):
@@ -246,7 +245,7 @@ Control = Cancel | Credit
 
 
 class Beat(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """"I live", every 500 ms, to beat.<role>.<instance>."""
+    """Says "I live" every 500 ms, to beat.<role>.<instance>."""
 
     v: int = VERSION
     role: str
