@@ -119,8 +119,17 @@ def doctor_(json_out: Json = False, data: Data = "") -> None:
 
 
 @main.command("env")
-def env(json_out: Json = False, data: Data = "") -> None:
+def env(
+    example: Annotated[bool, typer.Option("--example", help="Every setting with its default instead.")] = False,
+    json_out: Json = False,
+    data: Data = "",
+) -> None:
     """What a Procfile runner needs, secrets included: `hotpath env > .env`, then `honcho start`."""
+    if example:
+        from deploy.cli import example as examples  # noqa: PLC0415 - only needed here
+
+        print(examples.text(), end="")
+        return
     from deploy.cli import envfile  # noqa: PLC0415 - only needed here
 
     def text(found: dict[str, str]) -> str:

@@ -1,6 +1,7 @@
 """Where the processes' output goes: a bounded file for each, and what matters, in short, to the terminal."""
 
 import asyncio
+import contextlib
 import json
 import sys
 import time
@@ -20,7 +21,10 @@ _BRIEF: Final = frozenset({"ts", "level", "role", "instance", "msg", "requestId"
 
 
 class LogFile:
-    """Append-only, at most twice MAX_FILE bytes with its predecessor. Written whole lines at a time."""
+    """Append-only, at most twice MAX_FILE bytes with its predecessor. Written whole lines at a time.
+
+    Opening it may raise OSError; once open, what a full disk does not take is lost: the process goes on.
+    """
 
     def __init__(self, path: Path, limit: int = MAX_FILE) -> None:
         self.path = path
@@ -35,11 +39,12 @@ class LogFile:
 
     def write(self, lines: bytes) -> None:
         """Append."""
-        if self._size + len(lines) > self._limit and self._size:
-            self._file.close()
-            self._rotate()
-        self._file.write(lines)
-        self._size += len(lines)
+        with contextlib.suppress(OSError, ValueError):  # ValueError: it could not be opened anew
+            if self._size + len(lines) > self._limit and self._size:
+                self._file.close()
+                self._rotate()
+            self._file.write(lines)
+            self._size += len(lines)
 
     def close(self) -> None:
         """Close the file."""
@@ -50,16 +55,18 @@ class Screen:
     """The terminal: one short line per warning, repeated ones of several processes once."""
 
     def __init__(self, out: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._out = sys.stderr if out is None else out
+        self._out: TextIO | None = sys.stderr if out is None else out
         self._clock = clock
         self._seen: dict[str, float] = {}
 
     def say(self, text: str) -> None:
         """One line, whatever it is; a terminal that is gone is no reason to stop."""
+        if self._out is None:
+            return
         try:
             print(text, file=self._out, flush=True)
-        except (OSError, ValueError):
-            self._out = open("/dev/null", "w")  # noqa: SIM115, PTH123 - for the rest of the process's life
+        except (OSError, ValueError):  # ValueError: closed
+            self._out = None
 
     def line(self, name: str, raw: bytes) -> None:
         """One line of a process: warnings and worse in short form; what is not JSON (a traceback) as it stands."""

@@ -86,15 +86,15 @@ class Slot:
     screen: Screen
     events: Events
     ready: asyncio.Event = field(default_factory=asyncio.Event)
-    refused: asyncio.Event = field(default_factory=asyncio.Event)  # it exited with BAD_CONFIG before it was ever ready
+    refused: bool = False  # it exited with BAD_CONFIG before it was ever ready
     process: asyncio.subprocess.Process | None = None
-    _task: "asyncio.Task[None] | None" = None
+    task: "asyncio.Task[None] | None" = None  # ends only by `stop`, a refusal, or a fault (its log cannot be opened)
     _stopping: bool = False
     _ever_ready: bool = False
 
     def start(self) -> None:
         """Begin; returns at once."""
-        self._task = asyncio.create_task(self._keep(), name=self.spec.name)
+        self.task = asyncio.create_task(self._keep(), name=self.spec.name)
 
     async def _keep(self) -> None:
         pause = FIRST_PAUSE_S
@@ -106,7 +106,7 @@ class Slot:
                 if self._stopping:
                     return
                 if code == BAD_CONFIG and not self._ever_ready:
-                    self.refused.set()
+                    self.refused = True
                     return
                 wait, pause = next_pause(pause, time.monotonic() - started)
                 self._tell(code, tail, wait)
@@ -179,7 +179,7 @@ class Slot:
     async def stop(self, hurry: asyncio.Event) -> None:
         """SIGTERM, wait for the spec's grace (or until `hurry`), then SIGKILL to it and whatever it started."""
         self._stopping = True
-        task, process = self._task, self.process
+        task, process = self.task, self.process
         if task is None:
             return
         if process is None:  # between two lives, or before the first

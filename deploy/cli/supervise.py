@@ -106,26 +106,33 @@ class Supervisor:
         Raises NotStarted when a process refuses its settings, or after READY_TIMEOUT_S.
         """
         work = asyncio.create_task(self._all_ready(is_ready))
-        refused = [asyncio.create_task(slot.refused.wait()) for slot in self.slots]
         leaving = asyncio.create_task(self.leaving.wait())
+        tasks = {slot.task for slot in self.slots if slot.task is not None}
         try:
-            await asyncio.wait({work, leaving, *refused}, timeout=READY_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({work, leaving, *tasks}, timeout=READY_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
             if self.leaving.is_set():
                 return False
-            bad = [slot.spec.name for slot in self.slots if slot.refused.is_set()]
-            if bad:
-                raise NotStarted(f"{', '.join(bad)} refused the configuration (above); nothing was started", 78)
+            self._look_for_faults()
             if not work.done():
-                late = [slot.spec.name for slot in self.slots if not slot.ready.is_set()]
-                what = ", ".join(late) or "GET /ready is not 200"
-                raise NotStarted(
-                    f"not ready within {READY_TIMEOUT_S:g} s: {what} (logs: {self.slots[0].spec.log.parent})"
-                )
+                late = ", ".join(slot.spec.name for slot in self.slots if not slot.ready.is_set())
+                logs = self.slots[0].spec.log.parent
+                raise NotStarted(f"not ready within {READY_TIMEOUT_S:g} s: {late or 'GET /ready'} (logs: {logs})")
             work.result()
             return True
         finally:
-            for task in (work, leaving, *refused):
-                task.cancel()
+            work.cancel()
+            leaving.cancel()
+
+    def _look_for_faults(self) -> None:
+        """Raise NotStarted when a process has refused its settings or cannot even be tried."""
+        ended = [slot for slot in self.slots if slot.task is not None and slot.task.done()]
+        refused = [slot.spec.name for slot in ended if slot.refused]
+        if refused:
+            raise NotStarted(f"{', '.join(refused)} refused the configuration (above); nothing was started", 78)
+        for slot in ended:
+            fault = slot.task.exception() if slot.task is not None else None
+            if fault is not None:
+                raise NotStarted(f"{slot.spec.name}: {fault}") from fault
 
     async def _all_ready(self, is_ready: Callable[[], Awaitable[bool]]) -> None:
         for slot in self.slots:

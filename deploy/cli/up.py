@@ -130,6 +130,7 @@ async def _run(plan: fleet.Plan, run_file: RunFile, screen: Screen, lock_fd: int
 
 def prepare(arguments: argparse.Namespace, env: Mapping[str, str], data: Path, listener: socket.socket) -> fleet.Plan:
     """Decide and write everything that is needed before the first process starts."""
+    (data / "logs").mkdir(exist_ok=True)
     secrets = credentials.ensure(data / "secrets.env", env)
     roles = procfile.parse(Path(arguments.procfile or procfile.ROOT / "Procfile").read_text("utf-8"))
     return fleet.plan(
