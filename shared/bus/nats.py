@@ -150,7 +150,8 @@ class NatsBus(asyncio.Protocol):
         except BaseException:  # also when cancelled: the caller has no subscription
             del self._subscriptions[sid]
             self._refused.discard(pattern)
-            self._put(b"UNSUB %b\r\n" % sid)
+            if self._connected:
+                self._put(b"UNSUB %b\r\n" % sid)
             raise
         return subscription
 

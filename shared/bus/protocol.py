@@ -89,6 +89,8 @@ class Parser:
         if len(data) < stop + 2:
             self._hold(data, position, stop + 2 - position)
             return 0
+        if not data.startswith(b"\r\n", stop):
+            raise ProtocolError("a message of another length than its line says")
         no_responders = headed and head == length and data.startswith(_NO_RESPONDERS, start)
         self._deliver(sid, fields[1], fields[3] if count == 5 else b"", data[start + head : stop], no_responders)
         return stop + 2

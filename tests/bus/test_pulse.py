@@ -1,0 +1,93 @@
+"""Beats out, beats in, and the stall detector."""
+
+import asyncio
+import time
+
+import pytest
+
+from shared.bus import pulse as module
+from shared.bus.memory import Broker, MemoryBus
+from shared.bus.pulse import Living, Pulse
+from shared.bus.roster import Roster
+from shared.bus.sender import Sender
+from shared.wire import subjects
+from shared.wire.messages import Beat, decode_beat, encode
+from tests.bus.conftest import Seen
+
+
+def living(bus: MemoryBus, role: str = "guardian", instance: str = "g1") -> Living:
+    return Living(role, instance, 10, lambda: 3, bus, Sender(bus, instance, {}))
+
+
+async def test_a_beat_at_once_and_on_and_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "EARLY_BEAT_S", 0.01)
+    bus, seen = Broker().client("one"), Seen()
+    await bus.subscribe(subjects.beat("guardian", "*"), seen)
+    pulse = Pulse({})
+    pulse.start([living(bus)], "http://metrics")
+    await seen.count(3)
+    first = decode_beat(seen.payloads[0])
+    assert seen.messages[0][0] == subjects.beat("guardian", "g1")
+    assert (first.role, first.instance, first.in_flight, first.capacity, first.draining, first.metrics) == (
+        "guardian", "g1", 3, 10, False, "http://metrics",
+    )  # fmt: skip
+    before = len(seen.messages)
+    pulse.drain()
+    await seen.count(before + 1)
+    assert decode_beat(seen.payloads[before]).draining
+    pulse.stop()
+    await asyncio.sleep(0)
+    after = len(seen.messages)
+    pulse.beat()
+    await asyncio.sleep(0.03)
+    assert len(seen.messages) == after
+
+
+async def test_a_beat_that_cannot_be_sent_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "EARLY_BEAT_S", 0.01)
+    broker = Broker()
+    bus, other, seen = broker.client("one"), broker.client("two"), Seen()
+    await other.subscribe(subjects.beat("guardian", "*"), seen)
+    bus.cut()
+    pulse = Pulse({})
+    pulse.start([living(bus)], "")
+    await asyncio.sleep(0.02)
+    assert not seen.messages
+    bus.cut(connected=True)
+    await seen.count(1)
+    pulse.stop()
+
+
+async def test_beats_fill_the_rosters_if_subject_and_payload_agree() -> None:
+    """A user who may publish beat.loadgen.* only must not be able to beat for a guardian."""
+    bus = Broker().client("one")
+    rosters = {"guardian": Roster("guardian"), "loadgen": Roster("loadgen")}
+    pulse = Pulse(rosters)
+    await pulse.listen(bus)
+    bus.publish(subjects.beat("guardian", "g1"), encode(Beat(role="guardian", instance="g1")))
+    bus.publish(subjects.beat("loadgen", "l1"), encode(Beat(role="guardian", instance="g2")))
+    bus.publish(subjects.beat("loadgen", "l1"), encode(Beat(role="loadgen", instance="l2")))
+    for garbage in (b"", b"\xc1", b"\x81\xa4role\x01", encode([1])):
+        bus.publish(subjects.beat("guardian", "g3"), garbage)
+    await asyncio.sleep(0)
+    assert [b.instance for b in rosters["guardian"].alive(time.monotonic())] == ["g1"]
+    assert len(rosters["loadgen"]) == 0
+    assert pulse.ignored == 6
+
+
+async def test_an_own_stall_is_noticed_and_forgiven_to_others(caplog: pytest.LogCaptureFixture) -> None:
+    """DESIGN 3: over 250 ms grants everybody one beat of grace."""
+    bus = Broker().client("one")
+    roster = Roster("guardian")
+    pulse = Pulse({"guardian": roster})
+    pulse.start([living(bus)], "")
+    roster.on_beat(Beat(role="guardian", instance="g1"), time.monotonic() - 1.3)
+    time.sleep(0.26)  # noqa: ASYNC251 - the stall itself
+    assert roster.pick(time.monotonic()) is None
+    await asyncio.sleep(0.12)
+    assert roster.pick(time.monotonic()) == "g1"
+    assert pulse.stalls == 1
+    assert "stood still" in caplog.text
+    await asyncio.sleep(0.15)
+    assert pulse.stalls == 1
+    pulse.stop()

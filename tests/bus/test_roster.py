@@ -1,0 +1,173 @@
+"""Who gets the next message (DESIGN 1: beats, 1.5 s, power of two; DESIGN 3: dead, grace)."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared.bus.roster import ALIVE_S, MAX_INSTANCES, Roster
+from shared.wire.messages import Beat
+
+
+def beat(instance: str, in_flight: int = 0, *, draining: bool = False, role: str = "guardian") -> Beat:
+    return Beat(role=role, instance=instance, in_flight=in_flight, draining=draining)
+
+
+def roster_of(*beats: Beat, now: float = 0.0) -> Roster:
+    roster = Roster("guardian")
+    for one in beats:
+        roster.on_beat(one, now)
+    return roster
+
+
+def picks(roster: Roster, now: float, times: int = 400, skip: frozenset[str] = frozenset()) -> dict[str | None, int]:
+    dice = random.Random(1)
+    chosen: dict[str | None, int] = {}
+    for _ in range(times):
+        one = roster.pick(now, skip, dice)
+        chosen[one] = chosen.get(one, 0) + 1
+    return chosen
+
+
+def test_an_empty_roster_has_nobody() -> None:
+    assert Roster("guardian").pick(0.0) is None
+
+
+def test_a_beat_is_good_for_one_and_a_half_seconds() -> None:
+    roster = roster_of(beat("a"))
+    assert roster.pick(ALIVE_S - 0.001) == "a"
+    assert roster.pick(ALIVE_S) is None
+    assert [b.instance for b in roster.alive(ALIVE_S - 0.001)] == ["a"]
+    assert roster.alive(ALIVE_S) == []
+    roster.on_beat(beat("a"), 9.0)
+    assert roster.pick(9.0) == "a"
+
+
+def test_the_silent_leave_while_others_beat_on() -> None:
+    roster = roster_of(beat("a"), beat("b"))
+    assert set(picks(roster, 0.1)) == {"a", "b"}
+    roster.on_beat(beat("b"), 1.0)
+    assert set(picks(roster, 1.4)) == {"a", "b"}
+    assert set(picks(roster, 1.6)) == {"b"}
+
+
+def test_the_less_loaded_of_two_is_taken() -> None:
+    roster = roster_of(beat("idle", 0), beat("busy", 50))
+    assert picks(roster, 0.1) == {"idle": 400}
+
+
+def test_what_was_sent_since_the_last_beat_counts_as_load() -> None:
+    roster = roster_of(beat("a", 3), beat("b", 0))
+    order = []
+    for _ in range(8):
+        one = roster.pick(0.1, dice=random.Random(1))
+        assert one is not None
+        roster.sent(one)
+        order.append(one)
+    assert order[:3] == ["b", "b", "b"]
+    assert order.count("a") >= 2  # evenly from then on
+    roster.on_beat(beat("b", 0), 0.2)  # tells again: nothing in flight
+    assert picks(roster, 0.2) == {"b": 400}
+
+
+def test_equal_loads_are_spread() -> None:
+    roster = roster_of(*(beat(name) for name in "abcd"))
+    chosen = picks(roster, 0.1)
+    assert set(chosen) == set("abcd")
+    assert min(chosen.values()) > 50
+
+
+def test_draining_ones_are_alive_and_get_nothing() -> None:
+    roster = roster_of(beat("a"), beat("b"))
+    picks(roster, 0.1)
+    roster.on_beat(beat("a", draining=True), 0.2)
+    assert picks(roster, 0.2) == {"b": 400}
+    assert {b.instance for b in roster.alive(0.2)} == {"a", "b"}
+
+
+def test_skipped_ones_get_nothing() -> None:
+    roster = roster_of(beat("a"), beat("b"), beat("c"))
+    assert set(picks(roster, 0.1, skip=frozenset({"a", "x"}))) == {"b", "c"}
+    assert picks(roster, 0.1, skip=frozenset({"a", "b", "c"})) == {None: 400}
+
+
+def test_the_dead_are_out_until_their_next_beat() -> None:
+    roster = roster_of(beat("a"))
+    roster.dead("a")
+    roster.dead("never heard of")
+    assert roster.pick(0.1) is None
+    assert roster.heard("a") is None
+    assert roster.alive(0.1) == []
+    roster.on_beat(beat("a"), 0.5)
+    assert roster.pick(0.5) == "a"
+    assert roster.heard("a") == 0.5
+
+
+def test_an_own_stall_gives_everybody_one_beat_of_grace() -> None:
+    """DESIGN 3: who was alive when our loop stopped may have been beating all the time."""
+    roster = roster_of(beat("alive"), now=10.0)
+    roster.on_beat(beat("long gone"), 5.0)
+    roster.on_beat(beat("dead"), 10.0)
+    roster.dead("dead")
+    assert roster.pick(14.0) is None
+    roster.grace(14.0, 3.5)
+    assert picks(roster, 14.0) == {"alive": 400}
+    assert roster.pick(14.49) == "alive"
+    assert roster.pick(14.5) is None
+
+
+@pytest.mark.parametrize(
+    "wrong", [beat("a", role="routing"), beat(""), beat("a.b"), beat("a b"), beat("x" * 65), beat("a\r\nPUB b 0")]
+)
+def test_beats_that_are_not_believed(wrong: Beat) -> None:
+    roster = roster_of(wrong)
+    assert len(roster) == 0
+    assert roster.ignored == 1
+
+
+def test_bounded_the_silent_leave_first() -> None:
+    roster = Roster("guardian")
+    for number in range(MAX_INSTANCES + 10):
+        roster.on_beat(beat(f"old{number}"), 0.0)
+    assert len(roster) == MAX_INSTANCES
+    assert roster.ignored == 10
+    roster.on_beat(beat("new"), 2.0)
+    assert len(roster) == 1
+    assert roster.pick(2.0) == "new"
+
+
+EVENTS = st.lists(
+    st.tuples(
+        st.sampled_from(["beat", "drain", "dead", "sent", "pick", "grace"]),
+        st.sampled_from("abcd"),
+        st.floats(0, 0.9),
+    ),
+    max_size=60,
+)
+
+
+@given(EVENTS, st.integers(0, 2**32))
+def test_a_pick_is_always_somebody_who_may_be_picked(events: list[tuple[str, str, float]], seed: int) -> None:
+    """Against a model without the roster's remembered pool: never a silent, dead, draining one; never nobody while
+    there is somebody."""
+    roster, dice = Roster("guardian"), random.Random(seed)
+    heard: dict[str, float] = {}
+    draining: dict[str, bool] = {}
+    now = 0.0
+    for what, who, wait in events:
+        now += wait
+        if what in {"beat", "drain"}:
+            roster.on_beat(beat(who, draining=what == "drain"), now)
+            heard[who], draining[who] = now, what == "drain"
+        elif what == "dead":
+            roster.dead(who)
+            heard.pop(who, None)
+        elif what == "sent":
+            roster.sent(who)
+        elif what == "grace":
+            roster.grace(now, wait)
+            heard |= {k: max(v, now - 1.0) for k, v in heard.items() if now - wait - v < ALIVE_S}
+        expected = {k for k, v in heard.items() if now - v < ALIVE_S and not draining[k]}
+        chosen = roster.pick(now, dice=dice)
+        assert chosen in expected if expected else chosen is None
