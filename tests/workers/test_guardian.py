@@ -52,7 +52,9 @@ async def test_assessed_reserved_and_forwarded(rig):
     assert route.admission.amount == pricing.upper_bound(route.admission.price, bound, 200, 1_000_000)
     assert route.admission.output_cap == 100
     assert route.admission.input_tokens == bound
-    assert 0 < route.admission.estimate < route.admission.amount
+    likely = tokens.estimate_prompt(len("user" + "hello world"))  # S2-09; S2-10: as much output, for each choice
+    price = route.admission.price
+    assert route.admission.estimate == likely * price.input // 10**6 + 2 * likely * price.output // 10**6
     assert await pending(rig, owner[0]) == route.admission.amount
     assert [hop.role for hop in route.hops] == ["ingress", "guardian"]
     assert route.hops[1].took_us == route.admission.overhead_us > 0
