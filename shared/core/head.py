@@ -10,5 +10,5 @@ def guardian_head(admission: Admission) -> dict[str, str]:
     return {
         headers.BR_GUARDIAN_STATUS: admission.status,
         headers.BR_ESTIMATED_COST: show_usd(admission.estimate),
-        headers.BR_GUARDIAN_OVERHEAD: f"{admission.overhead_us / 1000:.2f}",
+        headers.BR_GUARDIAN_OVERHEAD: f"{admission.overhead_us / 1000:.1f}",
     }
