@@ -24,6 +24,9 @@ from shared.wire import errors
 from shared.wire.messages import Cancel, Credit
 
 BACKLOG: Final = 4096
+#: What the kernel may hold for one client (Linux doubles it; accepted sockets inherit it). Left to itself it grows to
+#: megabytes, all of which would count as taken by a client that reads nothing.
+SEND_BUFFER: Final = 128 * 1024
 METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -150,14 +153,15 @@ class Ingress:
 
     async def _listen(self, settings: Settings) -> asyncio.Server:
         """On the supervisor's socket if it handed one down, else on a port shared by SO_REUSEPORT (issue 2, 1)."""
-        loop = asyncio.get_running_loop()
         if settings.hotpath_listen_fd >= 0:
             sock = socket.socket(fileno=settings.hotpath_listen_fd)
-            sock.setblocking(False)
-            return await loop.create_server(self._server, sock=sock, backlog=BACKLOG)
-        return await loop.create_server(
-            self._server, settings.gateway_host, settings.gateway_port, backlog=BACKLOG, reuse_port=True
-        )
+        else:
+            address = (settings.gateway_host, settings.gateway_port)
+            family = socket.AF_INET6 if ":" in settings.gateway_host else socket.AF_INET
+            sock = socket.create_server(address, family=family, backlog=BACKLOG, reuse_port=True)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        sock.setblocking(False)
+        return await asyncio.get_running_loop().create_server(self._server, sock=sock, backlog=BACKLOG)
 
     async def drain(self) -> None:
         """New requests get 503, those in flight finish: whole ones within SHUTDOWN_DRAIN_MS, streams within

@@ -150,7 +150,9 @@ class Door:
             ("Content-Length", str(len(body))),
         ]
         self._tally.count("refused", error.status, 0.0)
-        return Reply(error.status, render.head(error.status, fields, self.date(), keep=False) + body, keep=False)
+        return Reply(
+            error.status, render.head(error.status, fields, self.date(), keep=False) + body, keep=False, linger=True
+        )
 
     async def emptied(self) -> None:
         """Return once nothing is in flight."""

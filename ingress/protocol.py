@@ -40,12 +40,13 @@ class Drained(Protocol):
 class Reply(web.StreamResponse):
     """A response that is already bytes: aiohttp's own assembles, checks and copies headers for 20 us a request."""
 
-    def __init__(self, status: int, data: bytes, body: bytes = b"", *, keep: bool) -> None:
+    def __init__(self, status: int, data: bytes, body: bytes = b"", *, keep: bool, linger: bool = False) -> None:
         # What aiohttp's RequestHandler looks at, and no more: its base constructor makes what a Reply never uses.
         self._status = status
-        self._data = data
+        self.data = data
         self._more = body
         self._keep_alive = keep
+        self._linger = linger  # the rest of what the client sends is thrown away before the connection closes
         self._request: web.BaseRequest | None = None
 
     async def prepare(self, request: web.BaseRequest) -> None:
@@ -53,8 +54,8 @@ class Reply(web.StreamResponse):
         self._request = request
         connection = request.protocol
         assert isinstance(connection, Connection)
-        if self._data:
-            connection.write(self._data)
+        if self.data:
+            connection.write(self.data)
         if self._more:
             connection.write(self._more)
 
@@ -64,16 +65,21 @@ class Reply(web.StreamResponse):
         assert not data
         if self._request.protocol.writing_paused:
             await self._request.writer.drain()
+        if self._linger:
+            connection = self._request.protocol
+            assert isinstance(connection, Connection)
+            await connection.linger()
 
 
 class Connection(RequestHandler):
     """One client connection."""
 
-    __slots__ = ("_head_timer", "_progress", "_progress_at", "_server", "listener", "written")
+    __slots__ = ("_discard", "_head_timer", "_progress", "_progress_at", "_server", "listener", "written")
 
     def __init__(self, server: "Server", **options: Any) -> None:
         super().__init__(server, **options)
         self._server = server
+        self._discard = False
         self._head_timer: asyncio.TimerHandle | None = None
         self.listener: Drained | None = None
         self.written = 0  # bytes given to the transport
@@ -107,6 +113,8 @@ class Connection(RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         """Parse; while nothing is being handled, a head is incomplete and the clock runs."""
+        if self._discard:
+            return
         super().data_received(data)
         if self._messages:
             if self._head_timer is not None:
@@ -118,6 +126,14 @@ class Connection(RequestHandler):
                     content.set_exception(RequestPayloadError("bad framing"))
         elif self._head_timer is None and self._waiter is not None and data:
             self._head_timer = self._loop.call_later(HEAD_S, self._late)
+
+    async def linger(self) -> None:
+        """Say that no more comes, and read what the client still sends: closing at once would reset the connection and
+        may take our answer with it (RFC 9112 9.6)."""
+        self._discard = True
+        if self.transport is not None and self.transport.can_write_eof():
+            self.transport.write_eof()
+        await asyncio.sleep(LINGER_S)  # ends sooner when the client closes: aiohttp cancels the handler
 
     def resume_writing(self) -> None:
         """The client took bytes."""
@@ -184,7 +200,7 @@ class Server(web.Server):
 
     def overloaded(self) -> bytes:
         """What a connection above the bound is told."""
-        return self._refuse(errors.Overloaded())._data  # noqa: SLF001 - our own class
+        return self._refuse(errors.Overloaded()).data
 
     def refuse(self, status: int, exc: BaseException | None) -> Reply:
         """The answer to what aiohttp refused, or to a handler that failed."""

@@ -8,7 +8,7 @@ import pytest
 
 from shared.wire.messages import Ask
 from tests.ingress.conftest import MakeWorld
-from tests.ingress.world import HEAD, PAYLOAD, SUMMARY, Worker, World, event
+from tests.ingress.world import ADMIN, HEAD, KEY, PAYLOAD, SUMMARY, Worker, World, event
 
 CHAT = "/v1/chat/completions"
 BODY = {"model": "sim-fast", "messages": [{"role": "user", "content": "hi"}]}
@@ -66,8 +66,6 @@ async def test_one_connection_carries_many_requests(world: World, http: aiohttp.
 async def test_http_1_0_gets_a_stream_without_chunks(world: World) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", world.ingress.port)
     body = b'{"model":"sim-fast","stream":true,"messages":[{"role":"user","content":"hi"}]}'
-    from tests.ingress.world import KEY
-
     writer.write(
         b"POST /v1/chat/completions HTTP/1.0\r\nContent-Type: application/json\r\nAuthorization: Bearer %b\r\n"
         b"Content-Length: %d\r\n\r\n%b" % (KEY.encode(), len(body), body)
@@ -144,8 +142,6 @@ async def test_health_ready_metrics_targets_trace(world: World, http: aiohttp.Cl
     for path in ("/metrics", "/metrics/targets", f"/trace/{rid}"):
         async with http.get(world.url + path) as answer:
             assert answer.status == 401, "a tenant's key is not enough"
-    from tests.ingress.world import ADMIN
-
     admin = {"Authorization": f"Bearer {ADMIN}"}
     async with http.get(world.url + "/metrics", headers=admin) as answer:
         text = await answer.text()
