@@ -1,0 +1,279 @@
+"""Takes requests from `hotpath.v1.provider.<instance>`: checks them, starts a Walk for each, drains at the end."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+from msgspec import Struct
+
+from shared.bus.base import BadSubject, BusUnavailable, PayloadTooLarge, Subscription
+from shared.bus.replies import fail
+from shared.catalog import Catalog
+from shared.core import tokens
+from shared.core.translators import registry
+from shared.core.translators.base import Dialect
+from shared.settings import Settings
+from shared.state.base import Clock, StateUnavailable
+from shared.state.voids import Voids
+from shared.wire import errors, subjects
+from shared.wire.errors import HotpathError
+from shared.wire.messages import Call, Cancel, Credit, Step, decode_call
+from workers.provider.control import Control
+from workers.provider.exchange import Ended
+from workers.provider.mux import Mux
+from workers.provider.outcomes import OutcomeLog
+from workers.provider.upstream import Origin, Pool
+from workers.provider.walk import Walk
+
+if TYPE_CHECKING:
+    from shared.service import Context
+    from shared.state.redis import State
+
+SWEEP_S: Final = 5.0  # idle connections are looked at
+#: Tasks behind the answer (voids of a dispatch in doubt, late settles).
+MAX_BEHIND: Final = 10_000
+#: Seconds between the tries of what Redis did not take.
+WAITS: Final = (0.0, 1.0, 4.0, 16.0)
+
+
+class Target(Struct, frozen=True):
+    """A step of a Plan, ready to be called."""
+
+    step: Step
+    dialect: Dialect
+    pool: Pool
+    cap_field: str
+    secrets: tuple[str, ...]
+
+
+class Provider:
+    """The role."""
+
+    name = "provider"
+    watches: tuple[str, ...] = ("ingress", "loadgen")
+
+    def __init__(self) -> None:
+        self.capacity = 0
+        self._walks: dict[Walk, asyncio.Task[None]] = {}
+        self._behind: set[asyncio.Task[None]] = set()
+        self._draining = False
+        self._timers: list[asyncio.TimerHandle] = []
+        self._subscription: Subscription | None = None
+
+    def in_flight(self) -> int:
+        """Requests that have not ended."""
+        return len(self._walks)
+
+    # ---- life --------------------------------------------------------------------------------------------------------
+
+    async def start(self, ctx: "Context") -> None:
+        """Pools, mux, subscription."""
+        self.loop = asyncio.get_running_loop()
+        self.settings: Settings = ctx.settings
+        self.catalog: Catalog = ctx.catalog
+        self.state: State = ctx.state
+        self.ledger = ctx.state.ledger
+        self.clock: Clock = ctx.state.clock
+        self.instance, self.pid, self.log = ctx.instance, ctx.pid, ctx.log
+        self.capacity = ctx.settings.max_in_flight
+        self._bus = ctx.bus
+        self._voids = Voids(ctx.state.ledger)
+        self.mux = Mux(ctx.bus, self.name, ctx.instance, self.loop, ctx.settings.reply_mux_ms / 1000)
+        self._control = Control(self.mux, ctx.rosters, self.loop)
+        self.outcomes = OutcomeLog(ctx.bus, self.loop)
+        self._make_targets()
+        self._metrics(ctx)
+        for encoding in {model.encoding for model in ctx.catalog.models.values()}:
+            tokens.warm(encoding)
+        self._subscription = await ctx.bus.subscribe(subjects.worker(self.name, ctx.instance), self._on_call)
+        self._sweep()
+
+    def control(self, message: Cancel | Credit) -> None:
+        """See control.py."""
+        self._control.message(message)
+
+    async def drain(self) -> None:
+        """Whole answers get SHUTDOWN_DRAIN_MS, streams SHUTDOWN_STREAM_DRAIN_MS (D8); then they are told and settled."""
+        self._draining = True
+        if self._subscription is not None:
+            await self._subscription.drain()
+        whole = [task for walk, task in self._walks.items() if not walk.streams]
+        end = self.loop.time() + self.settings.shutdown_stream_drain_ms / 1000
+        if whole:
+            await asyncio.wait(whole, timeout=self.settings.shutdown_drain_ms / 1000)
+        for walk in [walk for walk in self._walks if not walk.streams]:
+            walk.shut_down()
+        if self._walks:
+            await asyncio.wait(self._walks.values(), timeout=max(0.0, end - self.loop.time()))
+        for walk in list(self._walks):
+            walk.shut_down()
+        if self._walks:
+            await asyncio.wait(self._walks.values(), timeout=1 + self.settings.cancel_drain_ms / 1000)
+        await self._close(end)
+
+    async def _close(self, end: float) -> None:
+        while self.mux.open_channels and self.loop.time() < end:  # terminals behind bytes that wait for credit
+            await asyncio.sleep(0.02)
+        self.mux.flush()
+        self.outcomes.flush()
+        self._control.close()
+        for timer in self._timers:
+            timer.cancel()
+        await self._voids.drain(1.0)
+        if self._behind:
+            _, late = await asyncio.wait(self._behind, timeout=1.0)
+            for task in late:
+                task.cancel()
+        for target in self._targets.values():
+            target.pool.close()
+
+    def _make_targets(self) -> None:
+        """One pool for each endpoint; one target for each step that the catalogue names."""
+        self._targets: dict[Step, Target] = {}
+        pools = {}
+        for endpoint in self.catalog.endpoints.values():
+            dialect = registry.dialect(endpoint.provider)
+            origin = Origin.of(
+                endpoint.base_url, dialect.headers(endpoint.key), allow_private=endpoint.allow_private
+            )  # fmt: skip
+            pools[endpoint.id] = (dialect, Pool(origin, self.loop, self.capacity), endpoint)
+        for model in self.catalog.models.values():
+            for step in model.steps:
+                dialect, pool, endpoint = pools[step.endpoint]
+                self._targets[step] = Target(step, dialect, pool, endpoint.cap_field, (endpoint.key,))
+
+    def targets(self, step: Step) -> Target | None:
+        """None for a step that this process's catalogue does not know."""
+        return self._targets.get(step)
+
+    def _sweep(self) -> None:
+        self._timers[:] = [self.loop.call_later(SWEEP_S, self._sweep)]
+        for target in self._targets.values():
+            target.pool.sweep()
+
+    # ---- requests ----------------------------------------------------------------------------------------------------
+
+    def _on_call(self, _subject: str, _reply: str, payload: bytes, _no_responders: bool) -> None:
+        try:
+            message = decode_call(payload)
+        except msgspec.DecodeError:
+            self._ignored.inc()
+            return
+        refusal = self._refusal(message)
+        if refusal is not None:
+            self._refuse(message, refusal)
+            return
+        ask = message.ask
+        walk = Walk(self, message)
+        try:
+            channel = self.mux.open(ask.reply, ask.delivery, walk.pause, walk.cancel)
+        except BadSubject:
+            self._ignored.inc()
+            return
+        if channel is None:
+            return  # the same delivery again: it is being served
+        task = self.loop.create_task(walk.run(channel))
+        self._walks[walk] = task
+        task.add_done_callback(walk.done)
+
+    def _refusal(self, message: Call) -> HotpathError | None:
+        """Why it is not taken: the envelope is checked against our own copy of the registry (DESIGN 3)."""
+        if self._draining:
+            return errors.ShuttingDown()
+        if len(self._walks) >= self.capacity:
+            return errors.Overloaded()
+        known = self.state.registry
+        if known.lookup(message.ask.tenant, message.ask.key) is None:
+            return errors.Unauthorized() if known.fresh else errors.RegistryDown()
+        return None
+
+    def _refuse(self, message: Call, error: HotpathError) -> None:
+        try:
+            fail(self._bus, self.name, self.instance, message.ask, error, hops=message.hops)
+        except (BadSubject, BusUnavailable, PayloadTooLarge):
+            self._ignored.inc()
+        self.void(message)
+
+    def ended(self, walk: Walk, task: "asyncio.Task[None]") -> None:
+        """A walk's task is done."""
+        del self._walks[walk]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.log.error("a request failed", exc_info=error, extra={"requestId": walk.rid})
+            walk.crashed()
+
+    # ---- money behind the answer -------------------------------------------------------------------------------------
+
+    def void(self, message: Call) -> None:
+        """No call was made for this delivery."""
+        if message.admission.reserved:
+            self._voids.void(message.ask)
+
+    def void_doubt(self, message: Call) -> None:
+        """A dispatch or top-up got no answer, and no call was made: settle at 0 what it may have opened."""
+        ask, instance = message.ask, self.instance
+
+        async def void() -> None:
+            await self.ledger.void(tenant=ask.tenant, rid=ask.rid, delivery=ask.delivery, instance=instance)
+
+        self._later(void)
+
+    def late_settle(self, message: Call, call: int, cost: int, estimated: bool) -> None:
+        """Redis did not take a settlement: it is unconfirmed until this arrives (or reconcile does it)."""
+        ask = message.ask
+        self.log.warning("settlement not confirmed", extra={"requestId": ask.rid, "call": call})
+
+        async def settle() -> None:
+            await self.ledger.settle(tenant=ask.tenant, rid=ask.rid, call=call, cost=cost, estimated=estimated)
+
+        self._later(settle)
+
+    def _later(self, action: Callable[[], Awaitable[None]]) -> None:
+        if len(self._behind) >= MAX_BEHIND:
+            self._given_up.inc()
+            return
+
+        async def tries() -> None:
+            for wait in WAITS:
+                await asyncio.sleep(wait)
+                try:
+                    await action()
+                except StateUnavailable:
+                    continue
+                return
+            self._given_up.inc()
+
+        task = self.loop.create_task(tries())
+        self._behind.add(task)
+        task.add_done_callback(self._behind.discard)
+
+    def overrun(self, message: Call, call: int, cost: int) -> None:
+        """The provider billed more than was reserved: posted in full, with an alert (DESIGN 4)."""
+        self._overruns.inc()
+        self.log.warning(
+            "overrun",
+            extra={"requestId": message.ask.rid, "call": call, "cost": cost, "reserved": message.admission.amount},
+        )
+
+    # ---- numbers -----------------------------------------------------------------------------------------------------
+
+    def count(self, endpoint: str, ended: Ended) -> None:
+        """One ended call, for the metrics; an endpoint that refuses our key, for the operator."""
+        result = "ok" if ended.error is None else "cancelled" if ended.cancelled else ended.error.type
+        child = self._results.get((endpoint, result))
+        if child is None:
+            child = self._results[endpoint, result] = self._calls.labels(endpoint, result)
+        child.inc()
+        if ended.error is not None and ended.error.code == errors.UpstreamAuth.code:
+            self.log.error("the provider refuses this endpoint's key", extra={"endpoint": endpoint, "security": True})
+
+    def _metrics(self, ctx: "Context") -> None:
+        metrics = ctx.metrics
+        self._calls = metrics.counter("upstream_calls_total", "Ended upstream calls", ("endpoint", "result"))
+        self._results: dict[tuple[str, str], Any] = {}
+        self._ignored = metrics.counter("provider_messages_ignored_total", "Messages that are no call, or lead nowhere")
+        self._overruns = metrics.counter("ledger_overruns_total", "Calls billed above their reservation")
+        self._given_up = metrics.counter("provider_ledger_given_up_total", "Voids and settlements Redis never took")
+        metrics.gauge("reply_frames_lost", "Frames that could not be published").set_function(
+            lambda: float(self.mux.lost)
+        )

@@ -1,0 +1,65 @@
+"""Cancel and credit for this instance's streams, and askers that fell silent (DESIGN 3, flow control and liveness)."""
+
+import asyncio
+from collections.abc import Mapping
+from typing import Final
+
+from shared.bus.roster import Roster
+from shared.wire.messages import Cancel, Credit
+from workers.provider.mux import Mux, Pair
+
+#: An ingress that is not heard for so long is gone, or cannot hear us: its upstream calls are cancelled and settled.
+UNHEARD_S: Final = 5.0
+LOOK_S: Final = 0.5
+#: A look that is so late means that our own loop stood still: everybody is granted one beat.
+LATE_S: Final = 0.25
+GRACE_S: Final = 0.5
+#: What waits for a client that takes nothing is dropped; the asker cuts such a client after 60 s itself.
+STALLED_S: Final = 90.0
+
+
+class Control:
+    """Owns one timer; `message` is called for each control message."""
+
+    def __init__(self, mux: Mux, rosters: Mapping[str, Roster], loop: asyncio.AbstractEventLoop) -> None:
+        self._mux = mux
+        self._rosters = rosters
+        self._loop = loop
+        self._due = loop.time() + LOOK_S
+        self._timer = loop.call_at(self._due, self._look)
+
+    def message(self, message: Cancel | Credit) -> None:
+        """A cancel of an unknown stream is ignored: it crossed with the terminal."""
+        if isinstance(message, Credit):
+            self._mux.credit(message)
+            return
+        self._mux.hear(message.role, message.instance)
+        channel = self._mux.find(message.role, message.instance, message.stream, message.delivery)
+        if channel is not None:
+            channel.close()
+            channel.on_cancel(message.reason)
+
+    def close(self) -> None:
+        """No more looks."""
+        self._timer.cancel()
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        late = now - self._due > LATE_S
+        self._due = now + LOOK_S
+        self._timer = self._loop.call_at(self._due, self._look)
+        for (role, instance), pair in list(self._mux.pairs()):
+            if late:
+                pair.heard = max(pair.heard, now - UNHEARD_S + GRACE_S)
+            roster = self._rosters.get(role)
+            beat = roster.heard(instance) if roster is not None else None
+            if beat is not None and beat > pair.heard:
+                pair.heard = beat
+            self._cut(pair, now)
+
+    def _cut(self, pair: Pair, now: float) -> None:
+        silent = now - pair.heard > UNHEARD_S
+        for channel in list(pair.channels.values() if silent else pair.waiting.values()):
+            if silent or now - channel.stalled_since > STALLED_S:
+                channel.close()
+                channel.on_cancel("unheard" if silent else "stalled")

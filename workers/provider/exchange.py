@@ -1,0 +1,457 @@
+"""One upstream call: request out, events through the translator, bytes for the client out; its timers; its end.
+
+Driven by the connection's callbacks; the request's task sleeps on one future until the `Ended` is known. Phases:
+
+    DIAL  -> SENT -> BODY -> over                the good way
+                  -> DRAIN -> over               cancelled, timed out, or broken in mid-body
+
+DRAIN counts what was generated: on a plain connection our side is shut down, the upstream notices, and everything it
+wrote before is still read (for `drain_s` at most) and counted, though nobody gets it. A TLS connection is aborted, and
+the settlement adds an allowance for what was on its way.
+
+Nothing is given out before something billed has come (`translator.started`): until then another endpoint may serve.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from msgspec import Struct
+
+from shared.core import sse
+from shared.core.translators.base import Failure, Translator, UpstreamFailure
+from shared.core.translators.failures import MAX_BODY as MAX_ERROR_BODY
+from shared.wire import errors
+from shared.wire.errors import HotpathError, UpstreamError
+from shared.wire.messages import ErrorBody
+from workers.provider.upstream import Connection, Lost, Pool
+
+#: After the last finish_reason the usage and the terminal follow at once; a server that keeps silent for so long will
+#: send neither, and the client waits for its last chunk.
+TAIL_S: Final = 2.0
+#: Chunks without anything billed that are held back until the first token: a role chunk, filter results.
+MAX_PREFIX: Final = 65_536
+
+DIAL: Final = 0
+SENT: Final = 1
+BODY: Final = 2
+DRAIN: Final = 3
+OVER: Final = 4
+
+_STREAM: Final = "text/event-stream"
+_JSON: Final = ("application/json", "text/json")
+_ANSWERS: Final = (
+    *_JSON,
+    _STREAM,
+    "",
+    "text/plain",
+    "application/octet-stream",
+)  # some servers name none, or a wrong one
+
+
+class Limits(Struct, frozen=True, kw_only=True):
+    """Loop times and seconds."""
+
+    connect_s: float
+    head: float  # loop time until which the head must have come
+    first_token: float  # loop time
+    idle_s: float
+    deadline: float  # loop time: the request's own
+    drain_s: float
+    max_bytes: int
+
+
+class Ended(Struct, frozen=True, kw_only=True):
+    """How it ended. `body`: a whole answer for the client. `outcome`: for the endpoint's circuit, None = says nothing.
+
+    sent: the upstream may have seen the request. billed: it accepted it (or may have). complete: everything it wrote
+    was read. readable: and understood, so that counting it makes sense.
+    """
+
+    error: ErrorBody | None = None
+    cancelled: bool = False
+    retryable: bool = False
+    same_endpoint: bool = False
+    outcome: bool | None = None
+    billed: bool = False
+    complete: bool = False
+    readable: bool = True
+    body: bytes = b""
+
+
+class Exchange:
+    """See the module. `out` gets bytes for the client, in order."""
+
+    __slots__ = (
+        "_bytes", "_cancelled", "_connection", "_dialling", "_error_status", "_failure", "_future", "_headers",
+        "_last_event", "_limits", "_loop", "_mode", "_out", "_parser", "_parts", "_paused", "_phase", "_pool",
+        "_prefix", "_prefix_size", "_readable", "_replaced", "_replacing", "_request", "_stream", "_tail_due", "_timer",
+        "_translator", "_whole", "started_at",
+    )  # fmt: skip
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, pool: Pool, translator: Translator, limits: Limits, *,
+        stream: bool, out: Callable[[bytes], None],
+    ) -> None:  # fmt: skip
+        self._loop = loop
+        self._pool = pool
+        self._translator = translator
+        self._limits = limits
+        self._stream = stream
+        self._out = out
+        self._phase = DIAL
+        self._request = b""
+        self._future: asyncio.Future[Ended] = loop.create_future()
+        self._connection: Connection | None = None
+        self._dialling: asyncio.Task[Connection] | None = None
+        self._replaced = False
+        self._replacing: asyncio.Task[None] | None = None
+        self._parser = sse.Parser()
+        # sse, whole; json: a whole answer where a stream was asked for; error: a status; other: not an answer
+        self._mode = "sse" if stream else "whole"
+        self._whole = b""
+        self._error_status = 0
+        self._headers: Mapping[str, str] = {}
+        self._parts: list[bytes] = []
+        self._bytes = 0
+        self._prefix: list[bytes] = []
+        self._prefix_size = 0
+        self._failure: Failure | None = None  # why it is being drained
+        self._cancelled = False
+        self._readable = True
+        self._paused = False
+        self._last_event = 0.0
+        self._tail_due = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self.started_at = 0.0  # loop time at which something was first given out
+
+    async def run(self, request: bytes) -> Ended:
+        """Make the call. Never raises but CancelledError."""
+        self._request = request
+        connection = self._pool.take()
+        try:
+            if connection is None:
+                await self._dial()
+            else:
+                self._begin(connection)
+            return await self._future
+        finally:
+            if self._timer is not None:
+                self._timer.cancel()
+
+    async def _dial(self) -> None:
+        self._dialling = self._loop.create_task(self._pool.dial(self._limits.connect_s))
+        try:
+            connection = await self._dialling
+        except HotpathError as exc:
+            self._finish(_unsent(exc))
+        except asyncio.CancelledError:
+            if not self._cancelled:
+                raise  # the request's own task was cancelled
+            self._finish(Ended(cancelled=True))
+        else:
+            if self._cancelled:
+                connection.release()
+                self._finish(Ended(cancelled=True))
+            else:
+                self._begin(connection)
+        finally:
+            self._dialling = None
+
+    def _begin(self, connection: Connection) -> None:
+        self._connection = connection
+        self._phase = SENT
+        if self._paused:
+            connection.pause(paused=True)
+        connection.send(self._request, self)
+        if self._timer is None:
+            self._timer = self._loop.call_at(self._due(), self._check)
+
+    def cancel(self) -> None:
+        """Nobody wants the answer."""
+        if self._phase in (DRAIN, OVER):
+            self._cancelled = True
+            return
+        self._cancelled = True
+        if self._phase == DIAL:
+            if self._dialling is not None:
+                self._dialling.cancel()
+            return
+        self._drain(Failure(errors.DeadlineExceeded().body(), False, False, False))
+
+    def pause(self, paused: bool) -> None:
+        """The client does not take what there is, or does again."""
+        self._paused = paused
+        if self._connection is not None and self._phase in (SENT, BODY):
+            self._connection.pause(paused)
+            if not paused:
+                self._last_event = self._loop.time()  # the silence was ours
+
+    # ---- timers: one handle, set again when it fires too early -------------------------------------------------------
+
+    def _due(self) -> float:
+        limits = self._limits
+        due = limits.deadline
+        if self._phase == SENT:
+            due = min(due, limits.head)
+        if self._stream:
+            if not self._translator.started:
+                due = min(due, limits.first_token)
+            elif self._tail_due:
+                due = min(due, self._tail_due)
+            elif not self._paused:
+                due = min(due, self._last_event + limits.idle_s)
+        return due
+
+    def _check(self) -> None:
+        self._timer = None
+        if self._phase not in (SENT, BODY):
+            return
+        now, due = self._loop.time(), self._due()
+        if now < due:
+            self._timer = self._loop.call_at(due, self._check)
+        elif now >= self._limits.deadline:
+            self._drain(Failure(errors.DeadlineExceeded().body(), False, False, False))
+        elif self._tail_due and now >= self._tail_due:
+            self._complete()
+        else:
+            self._drain(Failure(errors.UpstreamTimeout().body(), True, False, True))
+
+    # ---- the connection's callbacks ----------------------------------------------------------------------------------
+
+    def on_head(self, status: int, headers: Mapping[str, str]) -> None:
+        """Status, encoding and type decide how the body is read."""
+        if self._phase == SENT:
+            self._phase = BODY
+        self._last_event = self._loop.time()
+        self._headers = headers
+        if status != 200:
+            self._mode = "error"
+            self._error_status = status
+            return
+        if self._phase == DRAIN and self._mode == "other":
+            return
+        if headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+            self._mode, self._readable = "other", False
+            self._drain(_failure(errors.UpstreamInvalid("The provider sent an encoding that was not asked for.")))
+            return
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if self._stream and kind in _JSON:
+            self._mode = "json"
+        elif kind not in _ANSWERS or (kind == _STREAM and not self._stream):
+            self._mode, self._readable = "other", kind != _STREAM
+            self._drain(_failure(errors.UpstreamInvalid("The provider sent something that is not an answer.")))
+
+    def on_body(self, data: bytes) -> None:
+        """A read's worth of body."""
+        self._bytes += len(data)
+        too_large = self._bytes > self._limits.max_bytes
+        if self._mode == "sse":
+            if self._phase != BODY:
+                self._count(self._parser.feed(data))
+                return
+            self._on_events(data)
+            if too_large and self._phase == BODY:
+                self._drain(Failure(errors.ResponseTooLarge().body(), False, False, False))
+        elif self._mode == "error":
+            self._parts.append(data)
+            if self._bytes > MAX_ERROR_BODY:
+                self._refused()
+        elif self._mode != "other" and not too_large:
+            self._parts.append(data)
+        elif self._phase == BODY:
+            self._parts.clear()
+            self._drain(Failure(errors.ResponseTooLarge().body(), False, False, False))
+
+    def on_end(self) -> None:
+        """The HTTP message is complete."""
+        self._at_end(complete=True)
+
+    def on_lost(self, lost: Lost) -> None:
+        """The connection ended first."""
+        connection, self._connection = self._connection, None
+        if lost.unsent and self._phase == SENT and connection is not None:
+            if self._replaced or connection.fresh:
+                self._finish(_unsent(UpstreamError("The provider closed the connection.")))
+            else:
+                self._replaced = True
+                self._phase = DIAL
+                self._replacing = self._loop.create_task(self._dial())
+        elif lost.malformed:
+            self._failure = self._failure or _failure(errors.UpstreamInvalid())
+            self._finish(self._ended(complete=False))
+        elif self._phase == SENT:
+            self._failure = _failure(UpstreamError("The provider closed the connection."))
+            self._finish(self._ended(complete=lost.clean))
+        else:
+            self._at_end(complete=lost.clean, cut=True)
+
+    # ---- inside: events ----------------------------------------------------------------------------------------------
+
+    def _on_events(self, data: bytes) -> None:
+        translator, outs, parser = self._translator, self._prefix, self._parser
+        events = parser.feed(data)
+        if events:
+            self._last_event = self._loop.time()
+        for number, event in enumerate(events):
+            try:
+                out = translator.feed(event)
+            except (HotpathError, UpstreamFailure) as exc:
+                self._give_out()
+                self._drain(_failure(exc))
+                self._count(events[number + 1 :])
+                return
+            if out:
+                outs.append(out)
+        if outs:
+            self._give_out()
+        if parser.failed:
+            self._readable = False
+            self._drain(_failure(errors.UpstreamInvalid("The provider sent an event that is too large.")))
+        elif translator.done:
+            self._complete()
+        elif translator.finished and not self._tail_due:
+            self._tail_due = self._last_event + TAIL_S
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self._loop.call_at(self._due(), self._check)
+
+    def _count(self, events: list[bytes]) -> None:
+        """Events that nobody gets: what they carry is billed all the same."""
+        for event in events:
+            try:
+                self._translator.feed(event)
+            except (HotpathError, UpstreamFailure):
+                continue
+        if self._parser.failed:
+            self._readable = False
+        if self._translator.done:
+            self._finish(self._ended(complete=True))
+
+    def _give_out(self) -> None:
+        outs = self._prefix
+        if not outs or self._phase != BODY:
+            return
+        if not self._translator.started:
+            self._prefix_size = sum(map(len, outs))
+            if self._prefix_size <= MAX_PREFIX:
+                return
+            self._translator.started = True  # too much to hold back: it counts as begun
+        if not self.started_at:
+            self.started_at = self._loop.time()
+        data = outs[0] if len(outs) == 1 else b"".join(outs)
+        outs.clear()
+        self._out(data)
+
+    def _at_end(self, *, complete: bool, cut: bool = False) -> None:
+        """No more bytes will come."""
+        if self._mode == "error" and self._phase != OVER:
+            self._refused()
+        elif self._phase == DRAIN:
+            try:
+                self._read_end(cut=cut)
+            except (HotpathError, UpstreamFailure):
+                pass  # it ends in an error anyway; what was understood is counted
+            self._finish(self._ended(complete=complete))
+        elif self._phase == BODY:
+            try:
+                self._prefix.append(self._read_end(cut=cut))
+            except (HotpathError, UpstreamFailure) as exc:
+                self._failure = _failure(exc)
+                self._finish(self._ended(complete=complete))
+            else:
+                self._give_out()
+                self._complete()
+
+    def _read_end(self, *, cut: bool) -> bytes:
+        """What the end of the bytes brings for the client. Raises HotpathError, UpstreamFailure."""
+        if self._mode == "sse":
+            return self._translator.finish(self._parser.rest(), self._parser.stray())
+        if cut or self._mode == "other":
+            raise errors.UpstreamTruncated
+        body = b"".join(self._parts)
+        self._parts.clear()
+        if self._mode == "json":
+            return self._translator.whole_as_stream(body)
+        self._whole = self._translator.whole(body)
+        return b""
+
+    # ---- inside: ends ------------------------------------------------------------------------------------------------
+
+    def _drain(self, failure: Failure) -> None:
+        self._give_out()
+        self._failure = failure
+        self._phase = DRAIN
+        connection = self._connection
+        if connection is None or not connection.half_close():
+            self._finish(self._ended(complete=False))
+            return
+        connection.pause(paused=False)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_later(self._limits.drain_s, self._drained)
+
+    def _drained(self) -> None:
+        self._timer = None
+        self._finish(self._ended(complete=False))
+
+    def _complete(self) -> None:
+        self._finish(Ended(outcome=True, billed=True, complete=True, body=self._whole))
+
+    def _refused(self) -> None:
+        """A status other than 200: the body, as far as it came, says why."""
+        failure = self._translator.failure(self._error_status, self._headers, b"".join(self._parts))
+        self._finish(
+            Ended(
+                error=failure.error,
+                cancelled=self._cancelled,
+                retryable=failure.retryable,
+                same_endpoint=failure.same_endpoint,
+                outcome=not failure.endpoint_fault,
+            )
+        )
+
+    def _ended(self, *, complete: bool) -> Ended:
+        failure = self._failure
+        assert failure is not None
+        return Ended(
+            error=failure.error,
+            cancelled=self._cancelled,
+            retryable=failure.retryable and not self._translator.started,
+            same_endpoint=failure.same_endpoint,
+            outcome=False if failure.endpoint_fault else None,
+            billed=True,
+            complete=complete,
+            readable=self._readable and (self._mode in ("sse", "other") or self._counts_whole(complete=complete)),
+        )
+
+    def _counts_whole(self, *, complete: bool) -> bool:
+        """Of a whole answer either nothing was written, or all of it was understood: else its tokens are unknown."""
+        return self._translator.finished or (complete and not self._bytes)
+
+    def _finish(self, ended: Ended) -> None:
+        """The one end."""
+        if self._phase == OVER:
+            return
+        self._phase = OVER
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            if ended.error is None or self._mode == "error":
+                connection.release()
+            else:
+                connection.abort()
+        if not self._future.done():
+            self._future.set_result(ended)
+
+
+def _failure(exc: HotpathError | UpstreamFailure) -> Failure:
+    """An answer that cannot be used is the endpoint's fault; another one, or later this one, may do better."""
+    if isinstance(exc, UpstreamFailure):
+        return exc.failure
+    return Failure(exc.body(), retryable=True, same_endpoint=True, endpoint_fault=True)
+
+
+def _unsent(exc: HotpathError) -> Ended:
+    """No server has seen the request."""
+    ours = isinstance(exc, errors.GatewayFault)
+    return Ended(error=exc.body(), retryable=True, same_endpoint=True, outcome=None if ours else False)

@@ -1,0 +1,129 @@
+"""What a call is charged: by the provider's usage when it ended well, else at no less than its bill (I1). Pure.
+
+    ended well, usable usage                     exactly that
+    a drain brought the usage (it finished)      exactly that
+    ended well without usable usage              counted: prompt by the published formula, output over the text
+    nothing sent, or refused with a status       0
+    cut, all the upstream wrote was read         counted
+    cut, not all was read (TLS, reset, drain     counted + ALLOWANCE a choice, at most up to the cap
+      over)
+    a 200 that could not be read, or a whole     prompt counted + the whole output cap: what was generated is unknown
+      answer that came in part
+
+All but the first two are marked `estimated`. A piece of text counts as the larger of its tokens and its deltas: a
+server that sends a token at a time may cut where a tokenizer would not.
+"""
+
+from typing import Final
+
+import msgspec
+from msgspec import Struct
+
+from shared.core import money, pricing, tokens
+from shared.core.translators.base import Translator
+from shared.wire import headers
+from shared.wire.messages import Admission, Ask, Step
+from workers.provider.exchange import Ended
+
+#: Tokens a choice may have been ahead of what we read when the connection was cut: at 100 tokens a second a third of a
+#: second, more than a round trip and the time a provider takes to notice.
+ALLOWANCE: Final = 32
+
+_json: Final = msgspec.json.Encoder().encode
+
+
+class Charge(Struct, frozen=True):
+    """What one call is settled at, nano-USD, and the tokens behind it."""
+
+    cost: int
+    input_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    estimated: bool = False
+
+
+FREE: Final = Charge(0)
+
+
+def charge(ask: Ask, admission: Admission, translator: Translator, ended: Ended, encoding: tokens.Encoding) -> Charge:
+    """See the table above."""
+    if not ended.billed:
+        return FREE
+    usage = translator.usage
+    if usage is not None and translator.finished and (usage.completion or not translator.texts()):
+        return _charge(admission, usage.prompt, usage.cached, usage.completion, estimated=False)
+    output = _output(ask, admission, translator, ended, encoding)
+    return _charge(admission, tokens.count_prompt(ask.body, encoding), 0, output, estimated=True)
+
+
+def _output(ask: Ask, admission: Admission, translator: Translator, ended: Ended, encoding: tokens.Encoding) -> int:
+    counted = translator.uncounted() + sum(
+        max(tokens.count_text(text, encoding), deltas) for text, deltas in translator.texts()
+    )
+    if ended.error is None:
+        return counted
+    cap = admission.output_cap * ask.n
+    if not ended.readable:
+        return max(counted, cap)
+    if not ended.complete and not translator.finished:
+        return max(counted, min(counted + ALLOWANCE * ask.n, cap))
+    return counted
+
+
+def _charge(admission: Admission, prompt: int, cached: int, output: int, *, estimated: bool) -> Charge:
+    cost = pricing.cost(admission.price, input_tokens=prompt, cached_tokens=cached, output_tokens=output)
+    return Charge(cost, prompt, cached, output, estimated)
+
+
+def head(admission: Admission, step: Step | None, call: int, actual: int | None = None) -> dict[str, str]:
+    """The X-BR headers; `actual` (nano-USD) on whole answers, whose cost is known before the head goes (D11)."""
+    found = {
+        headers.BR_GUARDIAN_STATUS: admission.status,
+        headers.BR_ESTIMATED_COST: money.show_usd(admission.estimate),
+        headers.BR_GUARDIAN_OVERHEAD: f"{admission.overhead_us / 1000:.1f}",
+        headers.BR_CALLS: str(call),
+    }
+    if step is not None:
+        found[headers.BR_ENDPOINT] = step.endpoint
+    if actual is not None:
+        found[headers.BR_ACTUAL_COST] = money.show_usd(actual)
+    return found
+
+
+class _Tokens(Struct):
+    input_tokens: int
+    cached_tokens: int
+    output_tokens: int
+
+
+class _Payload(Struct):
+    request_id: str
+    guardian: str
+    estimated_cost: str
+    actual_cost: str
+    actual_cost_nano_usd: int
+    overhead_ms: float
+    endpoint: str
+    model: str
+    calls: int
+    usage: _Tokens
+    estimated: bool
+
+
+def payload(ask: Ask, admission: Admission, step: Step, call: int, paid: Charge) -> bytes:
+    """The JSON of D5."""
+    return _json(
+        _Payload(
+            ask.rid,
+            admission.status,
+            money.show_usd(admission.estimate),
+            money.show_usd(paid.cost),
+            paid.cost,
+            round(admission.overhead_us / 1000, 1),
+            step.endpoint,
+            step.model,
+            call,
+            _Tokens(paid.input_tokens, paid.cached_tokens, paid.output_tokens),
+            paid.estimated,
+        )
+    )

@@ -1,0 +1,381 @@
+"""One request: dispatch -> Accepted -> the calls of its Plan, before the first token only -> settle -> the terminal.
+
+Every way out settles every call that was dispatched (D3): at the provider's usage, at what was counted, or at 0.
+"""
+
+import asyncio
+from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct
+
+from shared.core import tokens
+from shared.core.translators.base import Translator
+from shared.state.base import Dispatched, StateUnavailable
+from shared.wire import errors
+from shared.wire import headers as names
+from shared.wire.errors import HotpathError
+from shared.wire.messages import Call, ErrorBody, Hop, Step, Summary
+from workers.provider import settlement
+from workers.provider.exchange import Ended, Exchange, Limits
+from workers.provider.mux import Channel
+from workers.provider.settlement import Charge
+
+if TYPE_CHECKING:
+    from workers.provider.call import Provider, Target
+
+#: A dispatch or top-up that Redis runs later than this after it was asked is refused (DESIGN 3, stale work).
+NOT_AFTER_MS: Final = 100
+#: Prompts and texts over this many bytes are counted in a thread: 32 KiB take half a millisecond.
+COUNT_INLINE: Final = 32_768
+
+
+class _Tried(Struct):
+    """A step that failed."""
+
+    step: Step
+    ended_at: float  # loop time
+    again: bool  # the same endpoint may be called again
+
+
+class Walk:
+    """The state of one request in this process."""
+
+    __slots__ = (
+        "_at", "_began", "_chain_until", "_channel", "_deadline", "_exchange", "_head_sent", "_left_at", "_message",
+        "_provider", "_step", "_tried", "_wake", "call", "cancelled",
+    )  # fmt: skip
+
+    def __init__(self, provider: "Provider", message: Call) -> None:
+        self._provider = provider
+        self._message = message
+        self._at = provider.clock.now()
+        self._began = provider.loop.time()  # moved on by what the upstream took: what is left is our own work
+        self._left_at = self._began  # when the last upstream call began
+        self._deadline = 0.0
+        self._chain_until = 0.0
+        self._channel: Channel | None = None
+        self._exchange: Exchange | None = None
+        self._step: Step | None = None
+        self._head_sent = False
+        self._tried: list[_Tried] = []
+        self._wake: asyncio.Future[None] | None = None
+        self.call = 0
+        self.cancelled = False
+
+    # ---- control -----------------------------------------------------------------------------------------------------
+
+    def cancel(self, _reason: str) -> None:
+        """The asker gave up, or is gone."""
+        self.cancelled = True
+        if self._exchange is not None:
+            self._exchange.cancel()
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
+
+    def pause(self, paused: bool) -> None:
+        """Credit is used up, or there again."""
+        if self._exchange is not None:
+            self._exchange.pause(paused)
+
+    @property
+    def streams(self) -> bool:
+        """Whether the client asked for a stream."""
+        return self._message.ask.stream
+
+    @property
+    def rid(self) -> str:
+        """The request id."""
+        return self._message.ask.rid
+
+    def done(self, task: "asyncio.Task[None]") -> None:
+        """The task's callback."""
+        self._provider.ended(self, task)
+
+    def crashed(self) -> None:
+        """A fault of our own: the client is told; a dispatched call stays open and becomes unconfirmed by its lease."""
+        self._fail(HotpathError().body())
+
+    def shut_down(self) -> None:
+        """The drain's time is over: the client is told, the upstream closed, the call settled."""
+        if not self.cancelled:
+            self._fail(errors.ShuttingDown().body())
+            self.cancel("shutting down")
+
+    # ---- the flow ----------------------------------------------------------------------------------------------------
+
+    async def run(self, channel: Channel) -> None:
+        """From the message to the terminal. Never raises but CancelledError."""
+        provider, ask = self._provider, self._message.ask
+        self._channel = channel
+        settings = provider.settings
+        now = provider.loop.time()
+        left = ask.deadline - provider.clock.now() if ask.deadline else settings.timeout_ms
+        self._deadline = now + left / 1000
+        self._chain_until = min(self._deadline, now + settings.fallback_chain_timeout_ms / 1000)
+        target = self._next_target()
+        if target is None:
+            self._fail(errors.NoWorker("No endpoint of this model is usable here.").body())
+            provider.void(self._message)
+            return
+        if not await self._dispatch():
+            return
+        channel.accepted(provider.instance, self.call if self._message.admission.reserved else 0)
+        while target is not None:
+            target = await self._one_call(target)
+
+    async def _dispatch(self) -> bool:
+        """Win the first call. False: the answer was given."""
+        message = self._message
+        ask = message.ask
+        if not message.admission.reserved:
+            self.call = 1
+            return True
+        ledger, clock = self._provider.ledger, self._provider.clock
+        answer: Dispatched | None = None
+        for _ in range(2):  # a dispatch without a reply is asked again once
+            try:
+                answer = await ledger.dispatch(
+                    tenant=ask.tenant, rid=ask.rid, delivery=ask.delivery, instance=self._provider.instance,
+                    lost=ask.lost, amount=message.admission.amount, max_calls=message.plan.max_calls,
+                    not_after=clock.now() + NOT_AFTER_MS,
+                )  # fmt: skip
+            except StateUnavailable:
+                continue
+            break
+        if answer is not None and answer.status == "won":
+            self.call = answer.call
+            return True
+        assert self._channel is not None
+        if answer is None:
+            self._fail(errors.LedgerDown().body())
+            self._provider.void_doubt(message)
+        elif answer.status in ("refused", "closed") and answer.holder:
+            self._channel.refused(answer.holder, answer.delivery)
+        else:
+            self._fail(_NOT_WON.get(answer.status, errors.LedgerDown)().body())
+            if answer.status in ("stale", "late"):
+                self._provider.void(message)
+        return False
+
+    async def _one_call(self, target: "Target") -> "Target | None":
+        """Call one endpoint to its end; the next one to call, None when the request is over."""
+        provider, message = self._provider, self._message
+        self._step = target.step
+        translator = target.dialect.translator(message.ask, target.secrets)
+        if self.cancelled:
+            await self._settle(settlement.FREE)
+            return None
+        ended = await self._call_upstream(target, translator)
+        now = provider.loop.time()
+        self._began += now - self._left_at
+        if ended.outcome is not None:
+            provider.outcomes.add(target.step.endpoint, ok=ended.outcome)
+        paid = await self._charge(target, translator, ended)
+        settled = await self._settle(paid)
+        if ended.error is None:
+            self._finish(target, translator, ended, paid, settled)
+            return None
+        provider.count(target.step.endpoint, ended)
+        if ended.cancelled or self.cancelled:
+            return None
+        self._tried.append(_Tried(target.step, now, ended.same_endpoint))
+        following = await self._following(ended)
+        if following is None:
+            self._fail(ended.error)
+        return following
+
+    async def _call_upstream(self, target: "Target", translator: Translator) -> Ended:
+        provider, message = self._provider, self._message
+        ask = message.ask
+        request = translator.request(ask, target.step, message.admission.output_cap, target.cap_field)
+        label = ((names.REQUEST_ID, f"{ask.rid}.{self.call}"), *request.headers)
+        exchange = Exchange(
+            provider.loop, target.pool, translator, self._limits(), stream=ask.stream, out=self._write
+        )  # fmt: skip
+        self._exchange = exchange
+        self._left_at = provider.loop.time()
+        try:
+            return await exchange.run(target.pool.origin.request(request.path, label, request.body))
+        finally:
+            self._exchange = None
+
+    def _limits(self) -> Limits:
+        """The timers of the next call (L1, S1-L4). A whole answer has no first token: a client that asked for more time
+        than the default gets it, else TIMEOUT_OPENAI_MS bounds each call so that another endpoint may still serve."""
+        settings, now = self._provider.settings, self._provider.loop.time()
+        ask = self._message.ask
+        head = now + settings.timeout_openai_ms / 1000
+        if not ask.stream and self._deadline - now > settings.timeout_ms / 1000:
+            head = self._deadline
+        first = now + settings.timeout_first_token_ms / 1000
+        if self._tried:
+            first = min(first, max(self._chain_until, now))
+        return Limits(
+            connect_s=max(0.001, min(settings.timeout_openai_ms / 1000, self._deadline - now)),
+            head=head,
+            first_token=first,
+            idle_s=settings.timeout_idle_ms / 1000,
+            deadline=self._deadline,
+            drain_s=settings.cancel_drain_ms / 1000,
+            max_bytes=settings.max_response_bytes,
+        )
+
+    def _write(self, data: bytes) -> None:
+        """Bytes of a stream."""
+        channel = self._channel
+        if channel is None:
+            return
+        if self._head_sent:
+            channel.write(data)
+        else:
+            self._head_sent = True
+            channel.write(data, settlement.head(self._message.admission, self._step, self.call))
+
+    # ---- money -------------------------------------------------------------------------------------------------------
+
+    async def _charge(self, target: "Target", translator: Translator, ended: Ended) -> Charge:
+        message = self._message
+        model = self._provider.catalog.models.get(message.ask.model)
+        encoding = model.encoding if model is not None else tokens.encoding_for(target.step.model)
+        args = (message.ask, message.admission, translator, ended, encoding)
+        if ended.billed and not (translator.usage is not None and translator.finished):  # it will have to count
+            size = len(message.ask.body) + sum(len(text) for text, _ in translator.texts())
+            if size > COUNT_INLINE:
+                return await asyncio.to_thread(settlement.charge, *args)
+        return settlement.charge(*args)
+
+    async def _settle(self, paid: Charge) -> bool:
+        """Post it; False when Redis did not answer: the call is left unconfirmed until the late settle."""
+        ask, admission = self._message.ask, self._message.admission
+        if admission.reserved and paid.cost > admission.amount:
+            self._provider.overrun(self._message, self.call, paid.cost)
+        try:
+            await self._provider.ledger.settle(
+                tenant=ask.tenant, rid=ask.rid, call=self.call, cost=paid.cost, estimated=paid.estimated
+            )
+        except StateUnavailable:
+            self._provider.late_settle(self._message, self.call, paid.cost, paid.estimated)
+            return False
+        return True
+
+    # ---- a further call ----------------------------------------------------------------------------------------------
+
+    async def _following(self, ended: Ended) -> "Target | None":
+        """The target of a further call, opened in the ledger; None: there is none."""
+        message = self._message
+        if not ended.retryable or self.call >= message.plan.max_calls:
+            return None
+        target = self._next_target()
+        if target is None or not await self._back_off(target.step):
+            return None
+        if message.admission.reserved and not await self._top_up():
+            return None
+        if not message.admission.reserved:
+            self.call += 1
+        return target
+
+    def _next_target(self) -> "Target | None":
+        """The first step of the Plan not tried yet; then one that failed in a way that may pass, longest ago first."""
+        steps = self._message.plan.steps
+        tried = {entry.step: entry for entry in self._tried}
+        barred = {entry.step.endpoint for entry in self._tried if not entry.again}
+        targets = self._provider.targets
+        fresh = (step for step in steps if step not in tried and step.endpoint not in barred)
+        again = sorted((e for e in tried.values() if e.step.endpoint not in barred), key=lambda e: e.ended_at)
+        for step in (*fresh, *(entry.step for entry in again)):
+            target = targets(step)
+            if target is not None:
+                return target
+        return None
+
+    async def _back_off(self, step: Step) -> bool:
+        """Wait until the endpoint may be called again (S2-06); False when the chain's time does not allow it."""
+        loop = self._provider.loop
+        backoff = self._provider.settings.routing_retry_backoff_ms / 1000
+        last = max((e.ended_at for e in self._tried if e.step.endpoint == step.endpoint), default=None)
+        now = loop.time()
+        due = now if last is None else max(now, last + backoff)
+        if due >= self._chain_until:
+            return False
+        if due > now:
+            self._wake = loop.create_future()
+            timer = loop.call_at(due, _wake, self._wake)
+            try:
+                await self._wake
+            finally:
+                timer.cancel()
+                self._wake = None
+        return not self.cancelled
+
+    async def _top_up(self) -> bool:
+        """Open call n+1 with its own amount; denied: stop."""
+        message = self._message
+        ask = message.ask
+        for _ in range(2):
+            try:
+                answer = await self._provider.ledger.topup(
+                    tenant=ask.tenant, rid=ask.rid, call=self.call + 1, delivery=ask.delivery,
+                    instance=self._provider.instance, amount=message.admission.amount,
+                    max_calls=message.plan.max_calls, not_after=self._provider.clock.now() + NOT_AFTER_MS,
+                )  # fmt: skip
+            except StateUnavailable:
+                continue
+            if answer.status == "won":
+                self.call = answer.call
+            return answer.status == "won"
+        self._provider.void_doubt(message)
+        return False
+
+    # ---- terminals ---------------------------------------------------------------------------------------------------
+
+    def _finish(self, target: "Target", translator: Translator, ended: Ended, paid: Charge, settled: bool) -> None:
+        message = self._message
+        ask, admission, step = message.ask, message.admission, target.step
+        assert self._channel is not None
+        x_br = settlement.payload(ask, admission, step, self.call, paid) if ask.stream else b""
+        if ask.stream:
+            tail = translator.tail(x_br if ask.done == "inline" else b"")
+            if tail:
+                self._write(tail)
+        else:
+            self._channel.write(ended.body, settlement.head(admission, step, self.call, paid.cost))
+        summary = Summary(
+            call=self.call,
+            endpoint=step.endpoint,
+            model=step.model,
+            cost=paid.cost,
+            input_tokens=paid.input_tokens,
+            output_tokens=paid.output_tokens,
+            cached_tokens=paid.cached_tokens,
+            estimated=paid.estimated,
+            settled=settled,
+            payload=x_br if ask.done != "inline" else b"",
+        )
+        self._provider.count(step.endpoint, ended)
+        self._channel.end(summary, self._hops())
+
+    def _fail(self, error: ErrorBody) -> None:
+        if self._channel is not None:
+            head = None if self._head_sent else settlement.head(self._message.admission, self._step, self.call)
+            self._channel.failed(error, head, self._hops())
+
+    def _hops(self) -> tuple[Hop, ...]:
+        provider = self._provider
+        took = int((provider.loop.time() - self._began) * 1_000_000)
+        return (*self._message.hops, Hop(provider.name, provider.instance, provider.pid, self._at, took))
+
+
+_NOT_WON: Final[dict[str, type[HotpathError]]] = {
+    "denied": errors.InsufficientBudget,
+    "exhausted": errors.UpstreamError,
+    "late": errors.DeadlineExceeded,
+    "stale": errors.LedgerDown,
+    "voided": errors.DeadlineExceeded,
+    "closed": errors.DeadlineExceeded,
+    "missing": errors.DeadlineExceeded,
+}
+
+
+def _wake(future: "asyncio.Future[None]") -> None:
+    if not future.done():
+        future.set_result(None)
