@@ -3,11 +3,12 @@
 Written from DESIGN 4 and the docstrings of `shared.state.base`, not from the scripts; slow and obvious on purpose.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from tests.state.rig import DAY, MINUTE
 
-GRACE, TOMBSTONE, UNCONFIRMED = 10_000, 10 * MINUTE, DAY
+GRACE, TOMBSTONE, UNCONFIRMED = 3 * MINUTE, 10 * MINUTE, DAY
 
 Answer = tuple[str | int, ...]
 
@@ -56,6 +57,7 @@ class Model:
         self.entries: dict[str, Entry] = {}
         self.settled = 0
         self.limits: dict[str, int] = {}
+        self.forgotten: Counter[str] = Counter()  # how often a request was forgotten: then its numbers begin anew
 
     # ---- sums --------------------------------------------------------------------------------------------------------
 
@@ -175,7 +177,7 @@ class Model:
             status = "late"
         self.settled += cost - (call.cost if call.state == "posted" else 0)
         entry.state, call.state, call.cost = "called", "settled", cost
-        entry.forget_at = self.now + TOMBSTONE
+        entry.forget_at = max(self.now + TOMBSTONE, entry.deadline + GRACE)
         return status
 
     def void(self, rid: str, delivery: int, instance: str) -> str:
@@ -189,7 +191,7 @@ class Model:
             return "kept"
         else:
             entry.state, entry.voided = "voided", max(entry.voided, delivery)
-        entry.forget_at = self.now + TOMBSTONE
+        entry.forget_at = max(self.now + TOMBSTONE, entry.deadline + GRACE)
         return "voided"
 
     # ---- time --------------------------------------------------------------------------------------------------------
@@ -201,9 +203,10 @@ class Model:
             held = entry.holds()
             self._lapse(entry)
             if held:
-                entry.forget_at = self.now + TOMBSTONE
+                entry.forget_at = max(self.now + TOMBSTONE, entry.deadline + GRACE)
             else:
                 del self.entries[rid]
+                self.forgotten[rid] += 1
         return len(due)
 
     def _lapse(self, entry: Entry) -> None:

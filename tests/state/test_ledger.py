@@ -397,7 +397,7 @@ def _on_the_day_before(packed: bytes) -> bytes:
 async def test_old_days_and_months_are_dropped_once_a_day(money: Money) -> None:
     """I8: balances do not grow for ever."""
     now, bal = money.now, keys.balances(money.tenant)
-    kept = [keys.bucket("day", now - days * DAY) for days in (0, 1, 61)] + [keys.bucket("month", now - 200 * DAY)]
+    kept = [keys.bucket("day", now - days * DAY) for days in (0, 1, 62)] + [keys.bucket("month", now - 200 * DAY)]
     gone = [keys.bucket("day", now - days * DAY) for days in (63, 64, 400)] + [keys.bucket("month", now - 800 * DAY)]
     for bucket in (*kept, *gone, "lifetime"):
         await money.raw("HSET", bal, keys.balance_field(bucket, "s"), 5)
@@ -490,12 +490,12 @@ async def test_deleted_balances_do_not_turn_into_headroom(money: Money) -> None:
 
 async def test_what_may_not_be_asked(money: Money) -> None:
     """Wrong arguments are refused here, before anything is sent."""
-    with pytest.raises(ValueError, match="2\\^53|amount"):
+    with pytest.raises(ValueError, match="amount"):
         await money.limit("day", 2**53)
     with pytest.raises(ValueError, match="period"):
         await money.state.ledger.set_limit(tenant=money.tenant, period="week", limit=1)
     for rid in ("", "abc", "0" * 31, "z" * 32, "0" * 34):
-        with pytest.raises(ValueError, match="request id|hexadecimal"):
+        with pytest.raises(ValueError, match=r"request id|hexadecimal"):
             await money.reserve(rid)
     for amount in (-1, 2**53):
         with pytest.raises(ValueError, match="amount"):
@@ -536,7 +536,7 @@ async def test_tenants_do_not_share_anything(money: Money) -> None:
 
 
 async def test_the_idle_sweep_finds_what_nobody_asks_for(money: Money) -> None:
-    """I3: tenants to which no request comes, among others with nothing due; 40 entries need three calls of the script."""
+    """I3: tenants to which no request comes, among others with nothing due; 40 entries are three calls."""
     others = [Money(money.state, f"{money.tenant}-{n}") for n in range(300)]
     for _ in range(40):
         await others[7].reserve(new_rid(), ttl=MINUTE)
@@ -547,3 +547,23 @@ async def test_the_idle_sweep_finds_what_nobody_asks_for(money: Money) -> None:
     assert await others[7].held() == (0, 0, 0)
     assert await others[8].held() == (0, 100, 0)
     assert await money.state.ledger.sweep(tenants) == 0
+
+
+async def test_a_tombstone_outlives_the_deadline(connect: Any, valkey_url: str) -> None:
+    """I7 whatever LEDGER_TOMBSTONE_MS says: a duplicate before the deadline never begins it anew."""
+    money = Money(await connect(valkey_url, LEDGER_TOMBSTONE_MS="60000"), f"t{new_rid()}")
+    rid = new_rid()
+    await money.reserve(rid, ttl=HOUR)
+    await money.dispatch(rid)
+    await money.settle(rid)
+    await money.age(50 * MINUTE)
+    assert await money.expire() == 0
+    assert (await money.reserve(rid)).status == "closed"
+
+
+async def test_nobody_takes_the_place_of_nobody(money: Money) -> None:
+    """A call that was settled before its dispatch has no holder, and an empty `lost` names none."""
+    rid = new_rid()
+    await money.reserve(rid)
+    await money.settle(rid)
+    assert await money.dispatch(rid, lost="") == Dispatched(status="closed", holder="", delivery=1)

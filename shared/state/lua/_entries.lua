@@ -17,9 +17,12 @@ local function due(entry)
   return first
 end
 
+-- A tombstone is kept past the deadline, whatever its span: until then a late duplicate could begin anew (I7).
 local function save(id, entry, rescore)
   redis.call('HSET', entries, id, cmsgpack.pack(entry))
-  if rescore then redis.call('ZADD', leases, string.format('%.0f', due(entry) or now + tombstone), id) end
+  if not rescore then return end
+  local at = due(entry) or math.max(now + tombstone, entry[DEADLINE] + grace)
+  redis.call('ZADD', leases, string.format('%.0f', at), id)
 end
 
 -- The call with the highest number, or nil: its holder owns the stream.
