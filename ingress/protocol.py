@@ -9,7 +9,7 @@ framing breaks half way tells its waiting handler (aiohttp leaves it waiting).
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, cast
 
 from aiohttp import web
 from aiohttp.http_exceptions import LineTooLong
@@ -96,7 +96,7 @@ class Connection(RequestHandler):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Start the header timer; refuse at once above the bound."""
-        assert isinstance(transport, asyncio.Transport)
+        transport = cast("asyncio.Transport", transport)  # uvloop's is one, but does not say so
         if self._server.full():
             self._force_close = True
             transport.write(self._server.overloaded())

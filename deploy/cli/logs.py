@@ -78,7 +78,8 @@ class Screen:
             self._once(text, f"{name} | {text}")
         elif str(record.get("level", "")).lower() in _SHOWN:
             more = " ".join(f"{key}={value}" for key, value in record.items() if key not in _BRIEF)
-            short = " ".join(filter(None, (str(record.get("level")).lower(), str(record.get("msg", "")), more)))
+            why = str(record.get("exception") or "").rstrip().rpartition("\n")[2].strip()
+            short = " ".join(filter(None, (str(record.get("level")).lower(), str(record.get("msg", "")), more, why)))
             self._once(short, f"{name} | {short}")
 
     def _once(self, words: str, line: str) -> None:
