@@ -141,6 +141,8 @@ class Process:
         self._metrics = Metrics()
         self._contexts: list[Context] = []
         self._buses: dict[str, Bus] = {}
+        self._state: State | None = None
+        self._server: MetricsServer | None = None
         self._listeners: list[Callable[[bool], None]] = []
         self._stop = asyncio.Event()
         self._pulse = Pulse(self._rosters)
@@ -154,26 +156,33 @@ class Process:
         loop.set_exception_handler(self._on_loop_error)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop)
+        try:
+            if await self._boot_unless_stopped():
+                took = int((time.monotonic() - self._started_at) * 1000)
+                self._log.info("ready", extra={"boot_ms": took})
+                await self._stop.wait()
+                await self._drain()
+        finally:
+            await self._release()
+
+    async def _boot_unless_stopped(self) -> bool:
+        """Boot; False when a signal came first."""
         booting = asyncio.ensure_future(self._boot())
         stopping = asyncio.ensure_future(self._stop.wait())
         await asyncio.wait((booting, stopping), return_when=asyncio.FIRST_COMPLETED)
-        if not booting.done():
-            booting.cancel()
-            await asyncio.wait((booting,))
-            return
-        try:
-            server, state = booting.result()
-        finally:
-            stopping.cancel()
-        self._log.info("ready", extra={"boot_ms": int((time.monotonic() - self._started_at) * 1000)})
-        await self._stop.wait()
-        await self._end(server, state)
+        stopping.cancel()
+        if booting.done():
+            booting.result()
+            return True
+        booting.cancel()
+        await asyncio.wait((booting,))
+        return False
 
-    async def _boot(self) -> tuple[MetricsServer, State]:
+    async def _boot(self) -> None:
         settings = self._settings
-        state, _ = await asyncio.gather(
-            self._patiently("Redis", "REDIS_URL", lambda: self._connect_state(settings)), self._connect_buses()
-        )
+        await self._connect()
+        state = self._state
+        assert state is not None
         need = settings.max_body_bytes + ENVELOPE_BYTES
         for bus in self._buses.values():
             if bus.max_payload < need:
@@ -185,7 +194,9 @@ class Process:
         if not state.registry.ready:  # connect loads it: tenants and keys are here before anybody is told that we are
             raise BootError("the registry of tenants and keys was not loaded: look at Redis's log")
         try:
-            server = MetricsServer(self._metrics, settings.metrics_host, settings.metrics_port, settings.admin_api_key)
+            server = self._server = MetricsServer(
+                self._metrics, settings.metrics_host, settings.metrics_port, settings.admin_api_key
+            )
         except OSError as error:
             raise BootError(
                 f"cannot serve metrics on {settings.metrics_host}:{settings.metrics_port} ({error.strerror}):"
@@ -209,7 +220,19 @@ class Process:
             server.url,
         )
         self._say_ready(server.url)
-        return server, state
+
+    async def _connect(self) -> None:
+        """Redis and NATS at once. Raises BootError of the first that fails."""
+        connecting = [asyncio.ensure_future(self._connect_redis()), asyncio.ensure_future(self._connect_buses())]
+        try:
+            await asyncio.gather(*connecting)
+        finally:
+            for task in connecting:
+                task.cancel()
+            await asyncio.wait(connecting)
+
+    async def _connect_redis(self) -> None:
+        self._state = await self._patiently("Redis", "REDIS_URL", lambda: self._connect_state(self._settings))
 
     async def _connect_buses(self) -> None:
         """One connection for each user among the roles (one in all while they share a user)."""
@@ -358,7 +381,7 @@ class Process:
             os._exit(EXIT_FAULT)
         self._stop.set()
 
-    async def _end(self, server: MetricsServer, state: State) -> None:
+    async def _drain(self) -> None:
         self._log.info("draining", extra={"in_flight": sum(role.in_flight() for role in self._roles)})
         self._pulse.drain()
         bound = max(self._settings.shutdown_drain_ms, self._settings.shutdown_stream_drain_ms) / 1000 + DRAIN_MARGIN_S
@@ -369,12 +392,17 @@ class Process:
         for task in done:
             if (error := task.exception()) is not None:
                 self._log.error("drain failed", exc_info=(type(error), error, error.__traceback__))
+        self._log.info("drained", extra={"late": len(late)})
+
+    async def _release(self) -> None:
+        """Close what is open, however far the boot came."""
         self._pulse.stop()
-        await server.close()
+        if self._server is not None:
+            await self._server.close()
         for bus in self._buses.values():
             await bus.close()
-        await state.close()
-        self._log.info("ended", extra={"undrained": len(late)})
+        if self._state is not None:
+            await self._state.close()
 
 
 def _count_alive(roster: Roster) -> int:

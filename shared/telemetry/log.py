@@ -90,7 +90,11 @@ class JsonFormatter(logging.Formatter):
             text = _encode(line).decode()
         except (TypeError, ValueError, RecursionError, UnicodeError):
             text = _encode({key: repr(value)[:200] for key, value in line.items()}).decode()
-        return self._redactor.clean(text)[:MAX_LINE]
+        text = self._redactor.clean(text)
+        if len(text) > MAX_LINE:
+            kept = {key: line[key] for key in ("ts", "level", "role", "instance") if key in line}
+            text = _encode(kept | {"msg": "a line too long to log", "begins": text[: MAX_LINE // 4]}).decode()
+        return text
 
 
 class StderrHandler(logging.Handler):

@@ -1,7 +1,8 @@
 """Both buses behind one fixture: what a test of `tests/bus/test_bus.py` states holds for each."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,7 @@ class Server:
         self._log = directory / "log"
         self._config = directory / "nats.conf"
         self._config.write_text(f'listen: "127.0.0.1:{self.port}"\nmax_payload: 2MB\n{config}\n')
-        self._running: object = None
+        self._running: AbstractContextManager[object] | None = None
         self.pid = 0
 
     def start(self) -> None:
@@ -74,13 +75,13 @@ class Server:
 
     def stop(self) -> None:
         if self._running is not None:
-            self._running.__exit__(None, None, None)  # type: ignore[attr-defined]
+            self._running.__exit__(None, None, None)
             self._running = None
 
 
 @pytest.fixture
-def own_nats(tmp_path: Path) -> "AsyncIterator[Server]":
+def own_nats(tmp_path: Path) -> Iterator[Server]:
     server = Server(tmp_path)
     server.start()
-    yield server  # type: ignore[misc]
+    yield server
     server.stop()

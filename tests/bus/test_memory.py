@@ -10,7 +10,8 @@ from tests.bus.conftest import Seen
 
 
 async def test_cut_off_and_back() -> None:
-    broker, changes = Broker(), []
+    broker = Broker()
+    changes: list[bool] = []
     one, two = broker.client("one"), broker.client("two", changes.append)
     seen, inbox = Seen(), Seen()
     await two.subscribe("t", seen)

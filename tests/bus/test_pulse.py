@@ -82,7 +82,7 @@ async def test_an_own_stall_is_noticed_and_forgiven_to_others(caplog: pytest.Log
     pulse = Pulse({"guardian": roster})
     pulse.start([living(bus)], "")
     roster.on_beat(Beat(role="guardian", instance="g1"), time.monotonic() - 1.3)
-    time.sleep(0.26)  # noqa: ASYNC251 - the stall itself
+    time.sleep(0.26)  # the stall itself
     assert roster.pick(time.monotonic()) is None
     await asyncio.sleep(0.12)
     assert roster.pick(time.monotonic()) == "g1"

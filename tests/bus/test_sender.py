@@ -1,7 +1,6 @@
 """Sending to one live instance, and to the next when nobody was there (DESIGN 3; faults 37)."""
 
 import asyncio
-from collections.abc import AsyncIterator
 
 import msgspec
 import pytest
@@ -42,10 +41,10 @@ class World:
 
 
 @pytest.fixture
-async def world(connect: Connect) -> AsyncIterator[World]:
+async def world(connect: Connect) -> World:
     made = World(await connect("sender"))
     await made.sender.start()
-    yield made
+    return made
 
 
 async def settled(world: World) -> None:
