@@ -43,4 +43,4 @@ class Stuck(Idle):
 
 if __name__ == "__main__":
     make = Stuck if "stuck" in sys.argv else Idle
-    main(*(lambda name=name: make(name) for name in sys.argv[1].split(",")))  # type: ignore[misc]
+    main(*(lambda name=name: make(name) for name in sys.argv[1].split(",")))

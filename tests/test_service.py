@@ -11,15 +11,15 @@ import time
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import pytest
 
-from shared import catalog, service, settings
+from shared import catalog, settings
 from shared.bus.base import Bus, BusUnavailable
 from shared.bus.memory import Broker
 from shared.bus.nats import NatsBus
-from shared.service import BootError, Process
+from shared.service import BootError, Process, process
 from shared.state.base import StateUnavailable
 from shared.state.redis import State
 from shared.telemetry.log import Log
@@ -119,7 +119,7 @@ class Rig:
         )
         await self.process.run()
 
-    async def __aenter__(self) -> "Rig":
+    async def __aenter__(self) -> Self:
         self.seen = Seen()
         await self.broker.client("watcher").subscribe("hotpath.v1.beat.*.*", self.seen)
         self._task = asyncio.create_task(self.run())
@@ -240,8 +240,8 @@ async def test_too_small_a_max_payload_is_refused(env: dict[str, str], log: Log)
 async def test_the_first_connection_is_tried_for_a_while(
     env: dict[str, str], log: Log, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(service, "CONNECT_S", 0.3)
-    monkeypatch.setattr(service, "RETRY_S", 0.01)
+    monkeypatch.setattr(process, "CONNECT_S", 0.3)
+    monkeypatch.setattr(process, "RETRY_S", 0.01)
     rig = Rig(env, log, Idle())
     tries = 0
     connect = rig.connect_bus
@@ -300,7 +300,7 @@ async def test_a_signal_during_the_boot_ends_it(env: dict[str, str], log: Log) -
     assert not rig.roles[0].drained
 
 
-# ---- as processes -----------------------------------------------------------------------------------------------------
+# ---- as processes ----------------------------------------------------------------------------------------------------
 
 
 class Running:

@@ -1,8 +1,8 @@
 """Both buses behind one fixture: what a test of `tests/bus/test_bus.py` states holds for each."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -65,18 +65,15 @@ class Server:
         self._log = directory / "log"
         self._config = directory / "nats.conf"
         self._config.write_text(f'listen: "127.0.0.1:{self.port}"\nmax_payload: 2MB\n{config}\n')
-        self._running: AbstractContextManager[object] | None = None
+        self._stack = contextlib.ExitStack()
         self.pid = 0
 
     def start(self) -> None:
         running = servers.running(servers.nats_command(self._config), self.port, self._log)
-        self.pid = running.__enter__().pid
-        self._running = running
+        self.pid = self._stack.enter_context(running).pid
 
     def stop(self) -> None:
-        if self._running is not None:
-            self._running.__exit__(None, None, None)
-            self._running = None
+        self._stack.close()
 
 
 @pytest.fixture

@@ -1,110 +1,41 @@
-"""Run one process: settings, connections, checks, roles, beats, drain (DESIGN 1, 3).
-
-    main(Guardian)                     one role
-    main(Guardian, Routing, Provider)  several in one process, over the same subjects and the same code
-
-Boot: settings and catalogue (exit 78 when wrong) -> bus and state at once, tried for 10 s (exit 1) -> sizes checked,
-registry warm -> control and beats subscribed -> each role's `start` -> first beat, ready line. End: SIGTERM or SIGINT
--> beats say draining -> each role's `drain` -> connections closed, exit 0; a second signal ends at once.
-"""
+"""The roles of one process: connect, check, subscribe, beat, drain."""
 
 import asyncio
 import base64
 import contextlib
 import gc
 import json
-import logging
 import os
 import secrets
 import signal
-import sys
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
-import uvloop
 
-from shared import catalog as catalogs
-from shared import settings as environment
 from shared.bus.base import Bus, BusUnavailable
-from shared.bus.nats import NatsBus
 from shared.bus.pulse import Living, Pulse
 from shared.bus.roster import Roster
 from shared.bus.sender import Sender
 from shared.catalog import Catalog
+from shared.service.contract import BootError, Context, Role
 from shared.settings import Settings
 from shared.state.base import StateUnavailable
 from shared.state.redis import State
 from shared.telemetry.log import Log
 from shared.telemetry.metrics import Metrics, MetricsServer
 from shared.wire import subjects
-from shared.wire.messages import Cancel, Credit, decode_control
-
-if TYPE_CHECKING:
-    from aiohttp import web
-
+from shared.wire.messages import decode_control
 
 EXIT_FAULT: Final = 1
-EXIT_CONFIG: Final = 78  # EX_CONFIG of sysexits.h: a supervisor need not try again
 CONNECT_S: Final = 10.0  # how long the first connection is tried
 RETRY_S: Final = 0.1
 ENVELOPE_BYTES: Final = 65_536  # what an envelope may add to the largest body (DESIGN 3)
 DRAIN_MARGIN_S: Final = 5.0  # over the roles' own drain bounds, for settling and closing
 
 T = TypeVar("T")
-
-
-class BootError(Exception):
-    """The process cannot start; the message says why and what to do."""
-
-
-class Role(Protocol):
-    """What a worker or the ingress is to this file."""
-
-    name: str
-    watches: tuple[str, ...]  # roles whose beats it follows
-    capacity: int  # requests it takes at once, as told in its beats
-
-    def in_flight(self) -> int:
-        """Requests it has now."""
-
-    async def start(self, ctx: "Context") -> None:
-        """Subscribe; everything it needs is up. Raising ends the boot."""
-
-    def control(self, message: Cancel | Credit) -> None:
-        """A control message for this instance; must not block or raise."""
-
-    async def drain(self) -> None:
-        """Take nothing new, wait for what is in flight (bounded by the settings), settle."""
-
-
-@dataclass(slots=True)
-class Context:
-    """What a role may use. `bus`, `state`, `rosters` and `metrics` are shared by the roles of one process."""
-
-    settings: Settings
-    catalog: Catalog
-    bus: Bus
-    state: State
-    rosters: dict[str, Roster]
-    sender: Sender
-    role: str
-    instance: str
-    pid: int
-    log: logging.Logger
-    metrics: Metrics
-    started_at: float  # monotonic seconds, of the process's start
-    bus_listeners: list[Callable[[bool], None]] = field(default_factory=list)  # told when NATS goes and comes back
-    _server: MetricsServer | None = None
-
-    @property
-    def metrics_app(self) -> "web.Application":
-        """The aiohttp Application of the metrics port, to add routes to in `start`."""
-        assert self._server is not None
-        return self._server.app
 
 
 class ConnectBus(Protocol):
@@ -412,64 +343,3 @@ def _count_alive(roster: Roster) -> int:
 def new_instance() -> str:
     """A new instance id: 60 random bits as 12 characters of a-z and 2-7."""
     return base64.b32encode(secrets.token_bytes(8))[:12].decode().lower()
-
-
-def main(*factories: Callable[[], Role]) -> None:
-    """Process entry: run the roles until a signal. Exits with 0, 78 (settings, catalogue) or 1."""
-    main_of(lambda _settings: factories)
-
-
-def main_of(choose: Callable[[Settings], Iterable[Callable[[], Role]]]) -> None:
-    """The same for roles that the settings name."""
-    sys.exit(_run(choose, os.environ, time.monotonic()))
-
-
-def _run(choose: Callable[[Settings], Iterable[Callable[[], Role]]], env: Mapping[str, str], started_at: float) -> int:
-    try:
-        settings = environment.load(env)
-        catalog = catalogs.load(settings.hotpath_catalog, env)
-    except (environment.SettingsError, catalogs.CatalogError) as error:
-        sys.stderr.write(f"{error}\n")
-        return EXIT_CONFIG
-    log = Log(settings.log_level, _secrets(settings, catalog))
-    try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve(choose, settings, catalog, log, started_at))
-    except BootError as error:
-        sys.stderr.write(log.redactor.clean(f"{error}\n"))
-        return EXIT_FAULT
-    except Exception:  # the process's door: whatever it was becomes one log line and an exit code
-        logging.getLogger("hotpath").critical("the process failed", exc_info=True)
-        return EXIT_FAULT
-    finally:
-        log.close()
-    return 0
-
-
-async def _serve(
-    choose: Callable[[Settings], Iterable[Callable[[], Role]]],
-    settings: Settings,
-    catalog: Catalog,
-    log: Log,
-    started_at: float,
-) -> None:
-    process = Process(
-        [factory() for factory in choose(settings)],
-        settings,
-        catalog,
-        log,
-        connect_bus=NatsBus.connect,
-        connect_state=State.connect,
-        started_at=started_at,
-    )
-    await process.run()
-
-
-def _secrets(settings: Settings, catalog: Catalog) -> Iterator[str]:
-    yield from (settings.gateway_api_key, settings.key_pepper, settings.admin_api_key)
-    yield from (endpoint.key for endpoint in catalog.endpoints.values())
-    for name in settings.__struct_fields__:
-        if "_url" in name and "@" in (url := getattr(settings, name)):
-            user = url.partition("://")[2].rpartition("@")[0]
-            yield user
-            yield user.partition(":")[2]
