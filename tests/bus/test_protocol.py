@@ -78,6 +78,12 @@ def test_a_payload_of_another_length_than_its_line_says_is_noticed() -> None:
     assert not seen
 
 
+def test_a_503_with_a_payload_is_a_message() -> None:
+    parser, seen = collect()
+    parser.feed(b"HMSG a 1 16 18\r\nNATS/1.0 503\r\n\r\nhi\r\nHMSG a 1 16 16\r\nNATS/1.0 404\r\n\r\n\r\n")
+    assert seen == [(b"1", b"a", b"", b"hi", False), (b"1", b"a", b"", b"", False)]
+
+
 def test_an_endless_line_is_not_kept() -> None:
     parser, _ = collect()
     for _ in range(protocol.MAX_LINE // 1000):

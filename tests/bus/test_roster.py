@@ -71,6 +71,23 @@ def test_what_was_sent_since_the_last_beat_counts_as_load() -> None:
     assert picks(roster, 0.2) == {"b": 400}
 
 
+def test_a_beat_replaces_what_was_counted_since_the_last_one() -> None:
+    roster = roster_of(beat("a", 3), beat("b", 0))
+    for _ in range(10):
+        roster.sent("b")
+    assert picks(roster, 0.1) == {"a": 400}
+    roster.on_beat(beat("b", 2), 0.2)
+    assert picks(roster, 0.2) == {"b": 400}
+
+
+def test_one_that_was_silent_is_back_with_its_first_beat() -> None:
+    roster = roster_of(beat("a"), beat("b"))
+    roster.on_beat(beat("b"), 1.4)
+    assert set(picks(roster, 1.6)) == {"b"}
+    roster.on_beat(beat("a"), 1.7)
+    assert set(picks(roster, 1.7)) == {"a", "b"}
+
+
 def test_equal_loads_are_spread() -> None:
     roster = roster_of(*(beat(name) for name in "abcd"))
     chosen = picks(roster, 0.1)

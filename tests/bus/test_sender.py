@@ -95,6 +95,25 @@ async def test_with_none_left_the_caller_is_told_once(world: World) -> None:
         world.send()
 
 
+async def test_each_instance_is_tried_at_most_once_even_if_it_beats_again() -> None:
+    """A beat that was on its way when its instance died must not make two dead instances play ball."""
+    bus = Broker().client("sender")
+    world = World(bus)
+    await world.sender.start()
+    world.beat("w1", "w2")
+    tried: list[str] = []
+
+    def on_lost(dead: str, _following: str) -> None:
+        tried.append(dead)
+        world.beat("w1", "w2")
+
+    world.sender.send("routing", b"x", lost=on_lost, on_undeliverable=lambda: tried.append("told"))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert len(tried) == 2
+    assert tried[1] == "told"
+
+
 async def test_skipped_instances_are_never_tried(world: World) -> None:
     world.beat("w1", "w2")
     assert world.send(b"mine", frozenset({"w1"})) == "w2"
