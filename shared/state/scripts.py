@@ -47,21 +47,28 @@ class Scripts:
 
         NOSCRIPT means that nothing ran, so loading the script and asking again is no retry in the ledger's sense.
         """
-        pipeline = self._pipeline
-        command = pack((b"EVALSHA", script.digest, len(keys), *keys, *args))
-        give_up = pipeline.now() + within
-        reply = await pipeline.send(command, within)
-        if type(reply) is not ReplyError:
-            return reply
-        if str(reply).startswith("NOSCRIPT"):
-            # on one connection the load has run before the digest is looked up again; one load serves all who wait
-            if script.digest not in self._loading:
-                self._loading.add(script.digest)
-                pipeline.cast(pack((b"SCRIPT", b"LOAD", script.text)))
+        give_up = self._pipeline.now() + within
+        tail = (len(keys), *keys, *args)
+        reply = await self._pipeline.send(pack((b"EVALSHA", script.digest, *tail)), within)
+        if _forgotten(reply):
+            self._load(script)  # on one connection the load has run before the digest is looked up again
+            again = pack((b"EVALSHA", script.digest, *tail))
             try:
-                reply = await pipeline.send(command, give_up - pipeline.now())
+                reply = await self._pipeline.send(again, give_up - self._pipeline.now())
             finally:
                 self._loading.discard(script.digest)
+        if _forgotten(reply):  # flushed again in between
+            reply = await self._pipeline.send(pack((b"EVAL", script.text, *tail)), give_up - self._pipeline.now())
         if type(reply) is ReplyError:
             raise StateUnavailable(f"{script.name}: {reply}")
         return reply
+
+    def _load(self, script: Script) -> None:
+        """One load serves all the calls that found the script gone."""
+        if script.digest not in self._loading:
+            self._loading.add(script.digest)
+            self._pipeline.cast(pack((b"SCRIPT", b"LOAD", script.text)))
+
+
+def _forgotten(reply: Any) -> bool:
+    return type(reply) is ReplyError and str(reply).startswith("NOSCRIPT")

@@ -1,4 +1,4 @@
-"""What the tests of the shared state stand on: a State on the session's Valkey, or a Valkey of a test's own to break."""
+"""What the tests of the shared state stand on: the session's Valkey, or one of a test's own to break."""
 
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator

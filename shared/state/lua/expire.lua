@@ -2,7 +2,8 @@
 -- expire(args=['', grace, tombstone, unconfirmed, keep_days, keep_months], keys=[balances, entries, leases])
 --
 -- Sweeps up to 16 due entries and, once a day, drops the balances of days and months nobody asks for any more.
--- Keys and their types: _balances.lua. Returns how many entries were due.
+-- Keys and their types: _balances.lua.
+-- Returns how many entries were due.
 local keep_days, keep_months = tonumber(ARGV[5]), tonumber(ARGV[6])
 local swept = sweep()
 

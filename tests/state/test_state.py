@@ -1,0 +1,88 @@
+"""State: connects, polls, closes, and leaves nothing behind; scripts and keys keep their own rules."""
+
+import asyncio
+import re
+from pathlib import Path
+
+import pytest
+
+from deploy import servers
+from shared.state import keys, scripts
+from shared.state.base import StateUnavailable
+from shared.state.redis import State
+from tests.state.conftest import Connect
+from tests.state.rig import settings_for
+
+LUA = Path(scripts.__file__).parent / "lua"
+
+
+async def test_connect_run_close_leaves_no_task_and_no_connection(own_valkey: str, connect: Connect) -> None:
+    """I8."""
+    watcher = await connect(own_valkey)
+    before = len(asyncio.all_tasks())
+    state = await State.connect(settings_for(own_valkey))
+    state.run()
+    assert await state.ping()
+    await asyncio.sleep(0.6)  # a poll
+    await state.close()
+    await state.close()  # again is harmless
+    assert len(asyncio.all_tasks()) == before
+    async with asyncio.timeout(1):
+        while len((await watcher._side.execute(b"CLIENT", b"LIST", within=1.0)).splitlines()) > 2:
+            await asyncio.sleep(0.01)
+
+
+async def test_connect_without_a_server_fails_and_leaves_nothing() -> None:
+    before = len(asyncio.all_tasks())
+    with pytest.raises(StateUnavailable, match="cannot connect"):
+        await State.connect(settings_for(f"redis://127.0.0.1:{servers.free_port()}/0"))
+    assert len(asyncio.all_tasks()) == before
+
+
+async def test_polling_outlives_a_redis_that_goes_and_returns(tmp_path: Path, connect: Connect) -> None:
+    port = servers.free_port()
+    command = servers.valkey_command(tmp_path / "valkey", port)
+    with servers.running(command, port, tmp_path / "log"):
+        state = await connect(f"redis://127.0.0.1:{port}/0")
+        state.run()
+    async with asyncio.timeout(4):
+        while state.registry.fresh:
+            await asyncio.sleep(0.02)
+    assert state.registry.authenticate(b"g" * 40)
+    with servers.running(command, port, tmp_path / "log"):
+        async with asyncio.timeout(2):
+            while not state.registry.fresh:
+                await asyncio.sleep(0.02)
+        await state.close()
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in LUA.glob("[a-z]*.lua")))
+def test_each_script_says_its_signature_and_is_short(name: str) -> None:
+    """One verb, a header, named arguments; a shebang, so that a full Redis stops it before its first write."""
+    text = (LUA / f"{name}.lua").read_text("utf-8")
+    first, second = text.splitlines()[:2]
+    assert first in {"#!lua", "#!lua flags=allow-oom"}
+    assert second.startswith(f"-- {name}(args=[")
+    assert "-- Returns" in text
+    assert len(text.splitlines()) <= 60
+    assert ("allow-oom" in first) == (name in {"settle", "void", "expire", "circuit"})
+    assert not re.search(r"KEYS\[|redis\.call\([^)]*ARGV", text.replace("-- KEYS", "")) or name in {
+        "circuit",
+        "announce",
+    }
+
+
+def test_a_script_s_text_is_shebang_prelude_body() -> None:
+    script = scripts.load("settle", prelude=True)
+    lines = script.text.decode().splitlines()
+    assert lines[0] == "#!lua flags=allow-oom"
+    assert script.text.count(b"#!lua") == 1
+    assert script.text.index(b"local function move") < script.text.index(b"local function sweep")
+    assert script is scripts.load("settle", prelude=True)
+
+
+def test_keys_of_one_script_share_a_slot_and_buckets_are_dates() -> None:
+    assert {re.findall(rb"\{(.*?)\}", key)[0] for key in (*keys.ledger("t1"), keys.config("t1"))} == {b"t1"}
+    assert keys.bucket("day", 1_795_226_400_000) == "2026-11-21"
+    assert keys.bucket("month", 1_795_226_400_000) == "2026-11"
+    assert keys.bucket("lifetime", 0) == "lifetime"
