@@ -151,10 +151,10 @@ class Connection(asyncio.Protocol):
         self._sink = None
         if self.closed:
             return
+        self._transport.resume_reading()  # its last read may have filled the client's window
         if self._complete:
             self._park()
         elif self._has_head and not self._until_close:
-            self._transport.resume_reading()
             self._lingering = LINGER_BYTES
             self._linger = self._loop.call_later(LINGER_S, self.abort)
         else:
