@@ -1,0 +1,1 @@
+"""How it is run: the `hotpath` command, the simulator, configuration files, decisions."""

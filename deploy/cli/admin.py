@@ -3,11 +3,13 @@
 import asyncio
 import platform
 import re
+import tomllib
 from collections.abc import Awaitable, Callable
 from importlib import metadata
 from typing import Any, Final, TypeVar, get_args
 
 from deploy import servers
+from deploy.cli.procfile import ROOT
 from deploy.cli.where import Where
 from shared.bus.base import BusUnavailable
 from shared.core import money
@@ -221,7 +223,11 @@ def versions() -> dict[str, str]:
     """Hotpath and what it runs on."""
     import subprocess  # noqa: PLC0415 - only here
 
-    found = {"hotpath": metadata.version("hotpath"), "python": platform.python_version()}
+    try:
+        own = metadata.version("hotpath")
+    except metadata.PackageNotFoundError:  # run from the tree, without ./deploy/up
+        own = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
+    found = {"hotpath": own, "python": platform.python_version()}
     for name, binary in (("nats-server", servers.nats_binary), ("valkey", servers.valkey_binary)):
         try:
             told = subprocess.run([binary(), "--version"], capture_output=True, text=True, timeout=5, check=False)

@@ -147,9 +147,9 @@ def serve(what: Annotated[str, typer.Argument(help="nats, redis or simulator")],
 
 
 @main.command()
-def version(json_out: Json = False) -> None:
+def version(json_out: Json = False, data: Data = "") -> None:
     """The versions of Hotpath and what it runs on."""
-    _act("", json_out, lambda _: admin.versions(), lambda found: "\n".join(f"{k} {v}" for k, v in found.items()))
+    _act(data, json_out, lambda _: admin.versions(), lambda found: "\n".join(f"{k} {v}" for k, v in found.items()))
 
 
 @main.command("up", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)

@@ -1,6 +1,7 @@
 """What `hotpath up` prints when everything is ready; every line of it works as pasted (a test pastes them)."""
 
 import json
+import shlex
 from typing import Final
 
 from deploy.cli.fleet import Plan
@@ -13,12 +14,12 @@ Hotpath is ready on {url}    (Ctrl-C drains and stops everything; details: {run}
 
   demo key   {key}
 
-  curl -sS {url}/v1/chat/completions -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' -d '{body}'
+  {curl}
 
   from openai import OpenAI
   client = OpenAI(base_url="{url}/v1", api_key="{key}")
   messages = [{{"role": "user", "content": "Hello"}}]
-  for chunk in client.chat.completions.create(model="{model}", messages=messages, stream=True):
+  for chunk in client.chat.completions.create(model={model}, messages=messages, stream=True):
       print(chunk.choices[0].delta.content or "" if chunk.choices else "", end="", flush=True)
 """
 
@@ -31,7 +32,17 @@ async def text(plan: Plan) -> str:
     except (ValueError, KeyError, TypeError):
         names = []
     model = DEMO if DEMO in names or not names else names[0]
-    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}]})
     return _TEXT.format(
-        url=plan.url, key=plan.api_key, run=plan.data / "run.json", model=model, body=body.replace("'", "'\\''")
+        url=plan.url,
+        key=plan.api_key,
+        run=plan.data / "run.json",
+        model=json.dumps(model),
+        curl=curl(plan.url, plan.api_key, model),
     )
+
+
+def curl(url: str, key: str, model: str) -> str:
+    """One line for any POSIX shell."""
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}]})
+    headers = f"-H 'Authorization: Bearer {key}' -H 'Content-Type: application/json'"
+    return f"curl -sS {url}/v1/chat/completions {headers} -d {shlex.quote(body)}"

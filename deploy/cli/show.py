@@ -1,12 +1,12 @@
 """How results look to people: tables by rich on a terminal, plain lines otherwise."""
 
 import time
-from typing import Any, Final
-
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING, Any, Final
 
 from shared.core import money
+
+if TYPE_CHECKING:  # rich costs 45 ms, and whoever asks for JSON needs none of it
+    from rich.table import Table
 
 #: Columns when the output goes to a file or a pipe: nothing is wrapped or cut there.
 PLAIN_WIDTH: Final = 250
@@ -17,13 +17,17 @@ def out(what: Any) -> None:
     if isinstance(what, str):
         print(what)
     else:
+        from rich.console import Console  # noqa: PLC0415 - see above
+
         console = Console()
         if not console.is_terminal:
             console.width = PLAIN_WIDTH
         console.print(what)
 
 
-def _table(*names: str) -> Table:
+def _table(*names: str) -> "Table":
+    from rich.table import Table  # noqa: PLC0415 - see above
+
     return Table(*names, box=None, pad_edge=False, header_style="bold")
 
 
@@ -36,7 +40,7 @@ def new_key(made: dict[str, Any]) -> str:
     return f"{made['key']}\n(key id {made['key_id']}, tenant id {made['tenant_id']}; the key is not shown again)"
 
 
-def key_table(found: dict[str, Any]) -> Table:
+def key_table(found: dict[str, Any]) -> "Table":
     """One row per key."""
     table = _table("key id", "tenant", "synthetic", "revoked")
     for key in found["keys"]:
@@ -44,7 +48,7 @@ def key_table(found: dict[str, Any]) -> Table:
     return table
 
 
-def budget_table(found: dict[str, Any]) -> Table:
+def budget_table(found: dict[str, Any]) -> "Table":
     """One row per level and period, in USD."""
     table = _table("tenant", "level", "period", "settled", "pending", "unconfirmed", "limit")
     for level in found["levels"]:
@@ -53,7 +57,7 @@ def budget_table(found: dict[str, Any]) -> Table:
     return table
 
 
-def ledger_table(found: dict[str, Any]) -> Table:
+def ledger_table(found: dict[str, Any]) -> "Table":
     """One row per upstream call."""
     table = _table("request", "call", "state", "held", "cost", "")
     for entry in found["entries"]:
@@ -64,7 +68,7 @@ def ledger_table(found: dict[str, Any]) -> Table:
     return table
 
 
-def trace_table(found: dict[str, Any]) -> Table:
+def trace_table(found: dict[str, Any]) -> "Table":
     """One row per process."""
     table = _table("role", "instance", "pid", "at (UTC)", "own work")
     for hop in found["hops"]:

@@ -202,7 +202,7 @@ def test_bad_settings(up: Callable[..., Up], env: dict[str, str], message: str) 
     one = up(env=env)
     one.options = (*one.options, "--port", "0") if "GATEWAY_PORT" not in env else one.options
     done = subprocess.run(
-        [sys.executable, "-m", "deploy.cli.main", "up", "--data", str(one.data)],
+        [sys.executable, "-m", "deploy.cli", "up", "--data", str(one.data)],
         env=one.env, capture_output=True, text=True, timeout=20, check=False,
     )  # fmt: skip
     assert done.returncode == 78

@@ -66,7 +66,7 @@ class Up:
         options = list(self.options)
         if "--port" not in options:
             options += ["--port", str(servers.free_port())]
-        command = [sys.executable, "-m", "deploy.cli.main", "up", "--data", str(self.data), *options]
+        command = [sys.executable, "-m", "deploy.cli", "up", "--data", str(self.data), *options]
         with self._log.open("wb") as out:
             self.process = subprocess.Popen(
                 command, env=self.env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
@@ -144,7 +144,7 @@ class Up:
 
     def cli_run(self, *words: str) -> "subprocess.CompletedProcess[str]":
         """`hotpath WORDS... --data DIR`, as it ends."""
-        command = [sys.executable, "-m", "deploy.cli.main", *words, "--data", str(self.data)]
+        command = [sys.executable, "-m", "deploy.cli", *words, "--data", str(self.data)]
         return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=CLI_S, check=False)
 
     def cli(self, *words: str) -> Any:
