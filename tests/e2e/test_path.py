@@ -1,6 +1,7 @@
 """Acceptance 3: a request really goes through four processes, and says so (S1-H1, DESIGN 1)."""
 
 import asyncio
+import itertools
 import re
 import time
 from collections.abc import Callable
@@ -27,7 +28,8 @@ async def test_four_processes(up: Up, sim: Sim, client: Client, stream: bool) ->
     for hop in hops:
         assert hop["pid"] in up.run["pids"][hop["role"]]
         assert abs(hop["at"] / 1000 - time.time()) < 60
-    assert [hop["at"] for hop in hops] == sorted(hop["at"] for hop in hops)
+    for before, after in itertools.pairwise(hops):  # of the shared clock, which each process knows to a few ms
+        assert -10 <= after["at"] - before["at"] < 1000
     assert all(hop["took_us"] >= 0 for hop in hops)
 
 
@@ -74,10 +76,10 @@ async def test_leaving_closes_the_upstream(up: Up, sim: Sim, client: Client) -> 
     """S1-G05, faults 55 and 56: p99 of 20 at most 500 ms from the client's close to the upstream's."""
     took = []
     for number in range(20):
-        asked = client.chat("[[sim chunks=2000 pace=10]]", stream=True, leave_at=1 + number * 400)
         if number % 4 == 0:  # these wait for their first byte when they leave
-            asked = client.chat("[[sim chunks=10 delay_ms=5000]]", stream=bool(number % 8), leave_after=0.1)
-        seen = await asked
+            seen = await client.chat("[[sim chunks=10 delay_ms=5000]]", stream=bool(number % 8), leave_after=0.1)
+        else:
+            seen = await client.chat("[[sim chunks=2000 pace=10]]", stream=True, leave_at=1 + number * 400)
         began = time.monotonic()
         assert seen.left
         assert await asyncio.to_thread(sim.wait, 2000, in_flight=0)
