@@ -9,11 +9,9 @@ from msgspec import Struct
 
 from shared.bus.base import BadSubject, BusUnavailable, PayloadTooLarge, Subscription
 from shared.bus.replies import fail
-from shared.catalog import Catalog
 from shared.core import tokens
 from shared.core.translators import registry
 from shared.core.translators.base import Dialect
-from shared.settings import Settings
 from shared.state.base import Clock, StateUnavailable
 from shared.state.voids import Voids
 from shared.wire import errors, subjects
@@ -27,7 +25,9 @@ from workers.provider.upstream import Origin, Pool
 from workers.provider.walk import Walk
 
 if TYPE_CHECKING:
+    from shared.catalog import Catalog
     from shared.service import Context
+    from shared.settings import Settings
     from shared.state.redis import State
 
 SWEEP_S: Final = 5.0  # idle connections are looked at
@@ -94,7 +94,7 @@ class Provider:
         self._control.message(message)
 
     async def drain(self) -> None:
-        """Whole answers get SHUTDOWN_DRAIN_MS, streams SHUTDOWN_STREAM_DRAIN_MS (D8); then they are told and settled."""
+        """Whole answers get SHUTDOWN_DRAIN_MS, streams SHUTDOWN_STREAM_DRAIN_MS (D8); the rest is told and settled."""
         self._draining = True
         if self._subscription is not None:
             await self._subscription.drain()
@@ -113,8 +113,7 @@ class Provider:
         await self._close(end)
 
     async def _close(self, end: float) -> None:
-        while self.mux.open_channels and self.loop.time() < end:  # terminals behind bytes that wait for credit
-            await asyncio.sleep(0.02)
+        await self.mux.wait_closed(max(0.0, end - self.loop.time()))  # terminals behind bytes that wait for credit
         self.mux.flush()
         self.outcomes.flush()
         self._control.close()

@@ -164,8 +164,7 @@ class Exchange:
         if self._paused:
             connection.pause(paused=True)
         connection.send(self._request, self)
-        if self._timer is None:
-            self._timer = self._loop.call_at(self._due(), self._check)
+        self._arm()
 
     def cancel(self) -> None:
         """Nobody wants the answer."""
@@ -186,6 +185,7 @@ class Exchange:
             self._connection.pause(paused)
             if not paused:
                 self._last_event = self._loop.time()  # the silence was ours
+                self._arm()
 
     # ---- timers: one handle, set again when it fires too early -------------------------------------------------------
 
@@ -202,6 +202,15 @@ class Exchange:
             elif not self._paused:
                 due = min(due, self._last_event + limits.idle_s)
         return due
+
+    def _arm(self) -> None:
+        """What is due may have come nearer."""
+        due = self._due()
+        if self._timer is not None:
+            if self._timer.when() <= due:
+                return
+            self._timer.cancel()
+        self._timer = self._loop.call_at(due, self._check)
 
     def _check(self) -> None:
         self._timer = None
@@ -312,9 +321,7 @@ class Exchange:
             self._complete()
         elif translator.finished and not self._tail_due:
             self._tail_due = self._last_event + TAIL_S
-            if self._timer is not None:
-                self._timer.cancel()
-            self._timer = self._loop.call_at(self._due(), self._check)
+            self._arm()
 
     def _count(self, events: list[bytes]) -> None:
         """Events that nobody gets: what they carry is billed all the same."""
@@ -339,6 +346,7 @@ class Exchange:
             self._translator.started = True  # too much to hold back: it counts as begun
         if not self.started_at:
             self.started_at = self._loop.time()
+            self._arm()
         data = outs[0] if len(outs) == 1 else b"".join(outs)
         outs.clear()
         self._out(data)
@@ -355,7 +363,8 @@ class Exchange:
             self._finish(self._ended(complete=complete))
         elif self._phase == BODY:
             try:
-                self._prefix.append(self._read_end(cut=cut))
+                if out := self._read_end(cut=cut):
+                    self._prefix.append(out)
             except (HotpathError, UpstreamFailure) as exc:
                 self._failure = _failure(exc)
                 self._finish(self._ended(complete=complete))

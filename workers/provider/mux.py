@@ -100,6 +100,11 @@ class Pair:
         self._soon = True
         loop.call_soon(self.flush)
 
+    def left(self) -> None:
+        """One of its channels has closed."""
+        if not self.channels:
+            self._mux.check_closed()
+
     def flush(self) -> None:
         """One NATS message with all that waits."""
         self._soon = False
@@ -221,10 +226,13 @@ class Channel:
 
     def close(self) -> None:
         """Nothing goes out from here on."""
+        if self.closed:
+            return
         self.closed = True
         self._queue.clear()
-        self._pair.channels.pop(self._key, None)
         self._pair.waiting.pop(self._key, None)
+        del self._pair.channels[self._key]
+        self._pair.left()
 
     def _next(self) -> int:
         seq = self._seq
@@ -261,6 +269,7 @@ class Mux:
         self._role = role
         self._instance = instance
         self._pairs: dict[tuple[str, str], Pair] = {}
+        self._waiter: asyncio.Future[None] | None = None
 
     def open(
         self, reply: ReplyTo, delivery: int, on_pause: Callable[[bool], None], on_cancel: Callable[[str], None]
@@ -316,6 +325,17 @@ class Mux:
     def open_channels(self) -> int:
         """Deliveries whose terminal has not gone."""
         return sum(len(pair.channels) for pair in self._pairs.values())
+
+    async def wait_closed(self, timeout_s: float) -> None:
+        """Return when no channel is open, or after so many seconds."""
+        if self.open_channels:
+            self._waiter = self.loop.create_future()
+            await asyncio.wait((self._waiter,), timeout=timeout_s)
+
+    def check_closed(self) -> None:
+        """A pair has closed its last channel."""
+        if self._waiter is not None and not self._waiter.done() and not self.open_channels:
+            self._waiter.set_result(None)
 
     def flush(self) -> None:
         """Everything that waits for a tick goes now."""

@@ -1,0 +1,538 @@
+"""One request through the provider against the real simulator and the real ledger (I1, I4, I5, I7; D3, D5, D11)."""
+
+import asyncio
+from typing import Any
+
+import orjson
+import pytest
+
+from shared.state.base import StateUnavailable
+from shared.wire import headers
+from shared.wire.errors import LedgerDown
+from shared.wire.messages import Accepted, Delta, Refused, Step
+from tests.workers.provider.rig import running
+
+FAST, PACED = Step("sim", "sim-fast"), Step("sim", "sim-paced")
+TWO = Step("two", "sim-fast")
+
+
+async def test_a_whole_answer(valkey_url: str) -> None:
+    """Settled before End, at the bill; cost in the head (D11); the upstream gets <rid>.<call>; four hops."""
+    async with running(valkey_url) as rig:
+        request = await rig.send("[[sim chunks=7]]", stream=False)
+        answer = await rig.answer(request)
+        [line] = await rig.bill(request.rid)
+        [entry] = await rig.entries(request.rid)
+        assert line["request_id"] == f"{request.rid}.1"
+        assert line["complete"]
+        summary = answer.end.summary
+        assert (entry.state, entry.cost, entry.estimated) == ("settled", line["cost_nano_usd"], False)
+        assert (summary.cost, summary.settled, summary.estimated) == (line["cost_nano_usd"], True, False)
+        assert (summary.call, summary.endpoint, summary.model) == (1, "sim", "sim-fast")
+        assert answer.calls == [1]
+        assert orjson.loads(answer.body)["usage"]["completion_tokens"] == 7
+        assert answer.head[headers.BR_ENDPOINT] == "sim"
+        assert answer.head[headers.BR_CALLS] == "1"
+        assert answer.head[headers.BR_ESTIMATED_COST] == "$0.03"
+        assert answer.head[headers.BR_GUARDIAN_OVERHEAD] == "1.2"
+        assert answer.head[headers.BR_ACTUAL_COST].startswith("$0.0000")
+        assert [hop.role for hop in answer.end.hops] == ["ingress", "guardian", "routing", "provider"]
+        assert answer.end.hops[-1].pid == 4242
+
+
+@pytest.mark.parametrize("done", ["inline", "append", "comment"])
+async def test_a_stream_and_the_three_forms_of_its_payload(valkey_url: str, done: Any) -> None:
+    """D5: inline in the last chunk with a finish_reason, else in the Summary; the provider writes no [DONE]."""
+    async with running(valkey_url) as rig:
+        request = await rig.send("[[sim chunks=20 pace=1]]", done=done)
+        answer = await rig.answer(request)
+        [line] = await rig.bill(request.rid)
+        assert b"[DONE]" not in answer.body
+        assert len(answer.text().split()) == 20
+        inline = [chunk["x_br"] for chunk in answer.chunks() if "x_br" in chunk]
+        payload = inline[0] if done == "inline" else orjson.loads(answer.end.summary.payload)
+        assert len(inline) == (done == "inline")
+        assert bool(answer.end.summary.payload) == (done != "inline")
+        assert payload["request_id"] == request.rid
+        assert payload["actual_cost_nano_usd"] == line["cost_nano_usd"] == answer.end.summary.cost
+        assert payload["usage"] == {
+            "input_tokens": line["input_tokens"], "cached_tokens": 0, "output_tokens": 20,
+        }  # fmt: skip
+        assert payload["estimated"] is False
+        assert answer.chunks()[-1]["choices"][0]["finish_reason"] == "stop"
+        assert headers.BR_ACTUAL_COST not in answer.head
+
+
+async def test_usage_chunk_tools_and_choices(valkey_url: str) -> None:
+    """include_usage passes the usage chunk, last; parallel calls and n = 2 pass through."""
+    async with running(valkey_url) as rig:
+        asked = await rig.send("[[sim chunks=3]]", include_usage=True)
+        assert (await rig.answer(asked)).chunks()[-1]["usage"]["completion_tokens"] == 3
+        tools = await rig.send("[[sim interleave=1]]", steps=(Step("sim", "sim-tools"),))
+        deltas = [c["delta"] for chunk in (await rig.answer(tools)).chunks() for c in chunk["choices"]]
+        assert {call["index"] for delta in deltas for call in delta.get("tool_calls") or ()} == {0, 1}
+        two = await rig.send("[[sim chunks=5]]", n=2, extra={"n": 2})
+        answer = await rig.answer(two)
+        assert sum(bool(c["finish_reason"]) for chunk in answer.chunks() for c in chunk["choices"]) == 2
+        for request in (asked, tools, two):
+            [line], [entry] = await rig.bill(request.rid), await rig.entries(request.rid)
+            assert (entry.cost, entry.estimated) == (line["cost_nano_usd"], False)
+
+
+async def test_the_output_cap_is_in_the_upstream_request(valkey_url: str) -> None:
+    """D1."""
+    async with running(valkey_url) as rig:
+        request = await rig.send("[[sim chunks=50]]", cap=4)
+        answer = await rig.answer(request)
+        assert answer.chunks()[-1]["choices"][0]["finish_reason"] == "length"
+        assert answer.end.summary.output_tokens == 4
+
+
+# ---- cuts: the drain makes the count complete (I1) ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("after", [1, 2, 5])
+@pytest.mark.parametrize("mixed", [0, 1])
+async def test_a_cancelled_stream_settles_at_exactly_the_bill(valkey_url: str, after: int, mixed: int) -> None:
+    """D3: counted, marked estimated; the upstream is closed at once."""
+    async with running(valkey_url) as rig:
+        request = await rig.send(f"[[sim chunks=500 pace=2 mixed={mixed}]]", steps=(PACED,))
+        await rig.asker.deltas(request.reply.stream, after)
+        rig.asker.cancel(request.reply.stream)
+        [entry] = await rig.settled(request.rid)
+        [line] = await rig.bill(request.rid)
+        assert line["output_tokens"] < 300
+        assert (entry.cost, entry.estimated) == (line["cost_nano_usd"], True)
+        assert (await rig.sim("GET", "wait", in_flight=0, ms=2000))["in_flight"] == 0
+
+
+async def test_cancel_at_full_speed_counts_what_waited_in_the_socket(valkey_url: str) -> None:
+    """The client took nothing: megabytes were on their way, and all of them are read and counted."""
+    async with running(valkey_url) as rig:
+        rig.asker.credits = False
+        request = await rig.send("[[sim chunks=30000]]", cap=100_000)
+        await rig.asker.deltas(request.reply.stream, 1)
+        await asyncio.sleep(0.2)  # the window is full, the upstream paused
+        assert rig.asker.taken[request.reply.stream, 1] <= 64 * 1024
+        rig.asker.cancel(request.reply.stream)
+        [entry] = await rig.settled(request.rid)
+        [line] = await rig.bill(request.rid)
+        assert line["output_tokens"] > 500
+        assert (entry.cost, entry.estimated) == (line["cost_nano_usd"], True)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_cancel_before_the_first_byte_costs_the_prompt(valkey_url: str, stream: bool) -> None:
+    """Faults 55."""
+    async with running(valkey_url) as rig:
+        await rig.sim("POST", "hold")
+        request = await rig.send("count me in", stream=stream)
+        await rig.sim("GET", "wait", held=1, ms=2000)
+        rig.asker.cancel(request.reply.stream)
+        [entry] = await rig.settled(request.rid)
+        [line] = await rig.bill(request.rid)
+        assert line["output_tokens"] == 0
+        assert (entry.cost, entry.estimated) == (line["cost_nano_usd"], True)
+
+
+async def test_cancel_before_the_dispatch_settles_at_nothing(valkey_url: str) -> None:
+    async with running(valkey_url) as rig:
+        request = await rig.send()
+        rig.asker.cancel(request.reply.stream)
+        [entry] = await rig.settled(request.rid)
+        assert entry.cost == 0
+        assert await rig.bill(request.rid) == []
+        rig.asker.cancel(99)  # unknown: ignored
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [
+        ({"cut_after": 3}, "upstream_truncated"),
+        ({"cut_after": 3, "cut": "clean"}, "upstream_truncated"),
+        ({"malformed_after": 3}, "upstream_invalid_response"),
+        ({"error_after": 3}, "upstream_error"),
+        ({"no_finish": True}, "upstream_truncated"),
+    ],
+)
+async def test_an_error_in_mid_stream_settles_what_was_written(
+    valkey_url: str, fault: dict[str, Any], code: str
+) -> None:
+    """Faults 63, 64: an error after the text, no second call, the bill to the token."""
+    async with running(valkey_url) as rig:
+        await rig.fault(fault)
+        request = await rig.send("[[sim chunks=40 pace=3]]", steps=(PACED, TWO))
+        answer = await rig.answer(request)
+        assert answer.failed.error.code == code
+        assert answer.failed.head is None
+        assert answer.calls == [1]
+        [line], [entry] = await rig.bill(request.rid), await rig.settled(request.rid)
+        assert len(answer.text().split()) <= line["output_tokens"]
+        assert (entry.cost, entry.estimated) == (line["cost_nano_usd"], True)
+        await asyncio.sleep(0.15)
+        assert [(outcome.endpoint, outcome.ok) for outcome in rig.outcomes] == [("sim", False)]
+
+
+@pytest.mark.parametrize("fault", [{"cut_after": 3, "cut": "reset"}, {"huge_after": 3}])
+async def test_what_could_not_be_read_is_held_above_the_bill(valkey_url: str, fault: dict[str, Any]) -> None:
+    """Faults 66: never below what was written."""
+    async with running(valkey_url) as rig:
+        await rig.fault(fault)
+        request = await rig.send("[[sim chunks=40 pace=2]]", steps=(PACED,), cap=100)
+        assert (await rig.answer(request)).failed.error.status == 502
+        [line], [entry] = await rig.bill(request.rid), await rig.settled(request.rid)
+        assert entry.estimated
+        assert entry.cost >= line["cost_nano_usd"]
+
+
+@pytest.mark.parametrize("usage", ["missing", "null", "zero", "negative", "string", "huge"])
+@pytest.mark.parametrize("stream", [True, False])
+async def test_usage_that_cannot_be_believed_is_counted(valkey_url: str, usage: str, stream: bool) -> None:
+    """Faults 77: the answer is complete, the count equals the bill, and it says so."""
+    async with running(valkey_url) as rig:
+        await rig.fault({"usage": usage})
+        request = await rig.send("[[sim chunks=12]] how are you?", stream=stream)
+        answer = await rig.answer(request)
+        [line], [entry] = await rig.bill(request.rid), await rig.entries(request.rid)
+        assert answer.end.summary.estimated
+        assert (entry.cost, entry.estimated) == (line["cost_nano_usd"], True)
+
+
+async def test_the_upstream_s_line_ends_comments_and_bytes_make_no_difference(valkey_url: str) -> None:
+    """I11 end to end."""
+    texts = set()
+    async with running(valkey_url) as rig:
+        for fault in (
+            {},
+            {"lines": "crlf", "comments": True},
+            {"lines": "cr", "bom": True},
+            {"multiline": True},
+            {"no_done": True},
+        ):
+            if fault:
+                await rig.fault(fault)
+            request = await rig.send("[[sim chunks=9 seed=4 mixed=1]]", extra={"x": 1})
+            answer = await rig.answer(request)
+            texts.add(answer.text())
+            assert not answer.end.summary.estimated
+        assert len(texts) == 1
+
+
+# ---- the Plan ----------------------------------------------------------------------------------------------------------
+
+
+async def test_another_endpoint_serves_when_the_first_fails_before_its_first_token(valkey_url: str) -> None:
+    """S2-22: settled at 0, topped up, call 2; the head names who answered."""
+    async with running(valkey_url) as rig:
+        await rig.fault({"status": 503}, endpoint="default")
+        request = await rig.send("[[sim chunks=3]]", steps=(FAST, TWO))
+        answer = await rig.answer(request)
+        assert answer.end.summary.endpoint == "two"
+        assert answer.end.summary.call == 2
+        assert answer.head[headers.BR_CALLS] == "2"
+        [line] = await rig.bill(request.rid)
+        assert line["request_id"] == f"{request.rid}.2"
+        assert [entry.cost for entry in await rig.entries(request.rid)] == [0, line["cost_nano_usd"]]
+        await asyncio.sleep(0.15)
+        assert [(o.endpoint, o.ok) for o in rig.outcomes] == [("sim", False), ("two", True)]
+
+
+async def test_the_same_endpoint_is_called_again_only_after_the_backoff(valkey_url: str) -> None:
+    """S2-06 (the rig's backoff is 60 ms), and never more calls than the Plan allows (I7)."""
+    async with running(valkey_url) as rig:
+        await rig.fault({"status": 500}, times=2)
+        began = rig.provider.loop.time()
+        request = await rig.send("[[sim chunks=3]]")
+        answer = await rig.answer(request)
+        assert answer.end.summary.call == 3
+        assert rig.provider.loop.time() - began >= 0.12
+        await rig.fault({"status": 500}, times=9)
+        request = await rig.send(max_calls=2)
+        answer = await rig.answer(request)
+        assert answer.failed.error.status == 502
+        assert [entry.cost for entry in await rig.entries(request.rid)] == [0, 0]
+
+
+async def test_unreachable_endpoints_cost_nothing(valkey_url: str) -> None:
+    async with running(valkey_url) as rig:
+        request = await rig.send("[[sim chunks=3]]", steps=(Step("gone", "sim-fast"), TWO))
+        assert (await rig.answer(request)).end.summary.endpoint == "two"
+        alone = await rig.send(steps=(Step("gone", "sim-fast"),), max_calls=1)
+        answer = await rig.answer(alone)
+        assert (answer.failed.error.status, answer.failed.error.code) == (502, "upstream_error")
+        assert [entry.cost for entry in await rig.entries(alone.rid)] == [0]
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "code"),
+    [
+        (
+            {"status": 400, "body": {"error": {"message": "too long", "code": "context_length_exceeded"}}},
+            400,
+            "context_length_exceeded",
+        ),
+        ({"status": 422}, 422, "upstream_rejected"),
+        ({"status": 429, "retry_after": 7}, 429, "upstream_rate_limited"),
+        ({"status": 401}, 502, "provider_auth"),
+    ],
+)
+async def test_refusals(valkey_url: str, fault: dict[str, Any], status: int, code: str) -> None:
+    """Faults 68, 70, 71: no second call to the same endpoint; nothing is charged."""
+    async with running(valkey_url) as rig:
+        await rig.fault(fault, times=9)
+        request = await rig.send(stream=False)
+        answer = await rig.answer(request)
+        assert (answer.failed.error.status, answer.failed.error.code) == (status, code)
+        assert answer.failed.error.retry_after_ms == (7000 if status == 429 else 0)
+        assert [entry.cost for entry in await rig.entries(request.rid)] == [0]
+        assert (await rig.sim("GET", "stats"))["calls"] == 1
+        assert answer.head[headers.BR_ENDPOINT] == "sim"
+
+
+async def test_no_first_token_in_time(valkey_url: str) -> None:
+    """Faults 61: the other endpoint serves; alone it is a 504, and the prompt is paid."""
+    async with running(valkey_url, TIMEOUT_FIRST_TOKEN_MS="150") as rig:
+        await rig.fault({"stall_after": 0}, times=2, endpoint="default")
+        request = await rig.send("[[sim chunks=3]]", steps=(FAST, TWO))
+        assert (await rig.answer(request)).end.summary.endpoint == "two"
+        alone = await rig.send(max_calls=1)
+        assert (await rig.answer(alone)).failed.error.status == 504
+        for rid in (request.rid, alone.rid):
+            entry, line = (await rig.entries(rid))[0], (await rig.bill(rid))[0]
+            assert (entry.cost, entry.estimated) == (line["cost_nano_usd"], True)
+
+
+async def test_silence_in_mid_stream(valkey_url: str) -> None:
+    """Faults 62: an error after the text, settled."""
+    async with running(valkey_url, TIMEOUT_IDLE_MS="150") as rig:
+        await rig.fault({"stall_after": 4})
+        request = await rig.send("[[sim chunks=10]]")
+        answer = await rig.answer(request)
+        assert answer.failed.error.code == "upstream_timeout"
+        [line], [entry] = await rig.bill(request.rid), await rig.settled(request.rid)
+        assert line["output_tokens"] == 4
+        assert (entry.cost, entry.estimated) == (line["cost_nano_usd"], True)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_the_deadline_ends_a_call(valkey_url: str, stream: bool) -> None:
+    async with running(valkey_url) as rig:
+        request = await rig.send(
+            "[[sim chunks=400 pace=10]]", steps=(PACED,), stream=stream, deadline=rig.ctx.state.clock.now() + 250
+        )
+        answer = await rig.answer(request)
+        assert answer.failed.error.code == "deadline_exceeded"
+        [line], [entry] = await rig.bill(request.rid), await rig.settled(request.rid)
+        assert entry.cost >= line["cost_nano_usd"]
+        assert not stream or entry.cost == line["cost_nano_usd"]
+        await asyncio.sleep(0.15)
+        assert rig.outcomes == []  # not the endpoint's fault
+
+
+# ---- dispatch, ledger, admission -----------------------------------------------------------------------------------------
+
+
+async def test_a_second_delivery_is_refused_and_a_repeat_is_served_once(valkey_url: str) -> None:
+    """I7, faults 33."""
+    async with running(valkey_url) as rig:
+        rig.broker.duplicate("hotpath.v1.provider.>")
+        request = await rig.send("[[sim chunks=50 pace=4]]", steps=(PACED,))
+        await rig.asker.deltas(request.reply.stream, 2)
+        import msgspec  # noqa: PLC0415
+
+        from shared.wire.messages import Admission, Call, Plan  # noqa: PLC0415
+        from tests.workers.provider.rig import PRICE  # noqa: PLC0415
+
+        again = msgspec.structs.replace(request, delivery=2)
+        admission = Admission(reserved=True, amount=1_000_000, estimate=1, input_tokens=1, output_cap=9, price=PRICE)
+        rig.publish(Call(ask=again, admission=admission, plan=Plan(steps=(FAST,), max_calls=3)))
+        refused = await rig.answer(again)
+        assert isinstance(refused.terminal, Refused)
+        assert (refused.terminal.holder, refused.terminal.holder_delivery) == (rig.ctx.instance, 1)
+        assert (await rig.answer(request)).end.summary.output_tokens == 50
+        assert len(await rig.bill(request.rid)) == 1
+
+
+async def test_a_dispatch_in_doubt_makes_no_call(valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DESIGN 3: asked again once, then 503 and nothing charged, though Redis had said yes."""
+    async with running(valkey_url) as rig:
+        ledger, real = rig.ctx.state.ledger, rig.ctx.state.ledger.dispatch
+        asked = []
+
+        async def lost(**fields: Any) -> Any:
+            asked.append(await real(**fields))
+            raise StateUnavailable("the reply was lost")
+
+        monkeypatch.setattr(ledger, "dispatch", lost)
+        request = await rig.send()
+        answer = await rig.answer(request)
+        assert answer.failed.error.code == LedgerDown.code
+        assert [found.status for found in asked] == ["won", "won"]
+        [entry] = await rig.settled(request.rid)
+        assert (entry.state, entry.cost) == ("settled", 0)
+        assert await rig.bill(request.rid) == []
+
+
+async def test_a_settlement_that_redis_does_not_take_is_said_and_made_later(
+    valkey_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(valkey_url) as rig:
+        ledger, real = rig.ctx.state.ledger, rig.ctx.state.ledger.settle
+        failing = [True]
+
+        async def settle(**fields: Any) -> str:
+            if failing.pop() if failing else False:
+                raise StateUnavailable("away")
+            return await real(**fields)
+
+        monkeypatch.setattr(ledger, "settle", settle)
+        request = await rig.send("[[sim chunks=3]]")
+        answer = await rig.answer(request)
+        assert answer.end.summary.settled is False
+        [entry], [line] = await rig.settled(request.rid), await rig.bill(request.rid)
+        assert (entry.cost, entry.estimated) == (line["cost_nano_usd"], False)
+
+
+async def test_an_unreserved_call_is_not_fenced_but_billed(valkey_url: str) -> None:
+    """D4: the ledger was away at admission; Accepted says call 0, so that nobody delivers it again."""
+    async with running(valkey_url) as rig:
+        await rig.fault({"status": 500})
+        request = await rig.send("[[sim chunks=3]]", reserved=False)
+        answer = await rig.answer(request)
+        assert answer.calls == [0]
+        assert answer.end.summary.call == 2
+        [line] = await rig.bill(request.rid)
+        assert [entry.cost for entry in await rig.entries(request.rid)] == [0, line["cost_nano_usd"]]
+
+
+@pytest.mark.parametrize(
+    ("fields", "env", "code"),
+    [
+        ({"tenant": "nobody"}, {}, "invalid_api_key"),
+        ({}, {"MAX_IN_FLIGHT": "1"}, "overloaded"),
+        ({"steps": (Step("unknown", "x"),)}, {}, "no_worker"),
+    ],
+)
+async def test_what_is_not_taken_is_voided(
+    valkey_url: str, fields: dict[str, Any], env: dict[str, str], code: str
+) -> None:
+    async with running(valkey_url, **env) as rig:
+        if code == "overloaded":
+            await rig.send("[[sim chunks=100 pace=5]]", steps=(PACED,))
+        fields = dict(fields)
+        tenant = fields.get("tenant", "default")
+        request = await rig.send(**fields)
+        assert (await rig.answer(request)).failed.error.code == code
+        async with asyncio.timeout(3):
+            while not any(
+                entry.rid == request.rid and entry.state == "voided"
+                for entry in await rig.ctx.state.ledger.entries(tenant=tenant)
+            ):
+                await asyncio.sleep(0.01)
+
+
+async def test_a_passed_deadline_is_refused_by_the_dispatch(valkey_url: str) -> None:
+    async with running(valkey_url) as rig:
+        request = await rig.send(deadline=rig.ctx.state.clock.now() + 30, wait_s=0.06)
+        assert (await rig.answer(request)).failed.error.code == "deadline_exceeded"
+        assert await rig.bill(request.rid) == []
+
+
+async def test_junk_on_the_subject_is_ignored(valkey_url: str) -> None:
+    async with running(valkey_url) as rig:
+        for payload in (b"", b"\xff", b"\x81\xa4kind\xa5admit"):
+            rig.outside.publish(f"hotpath.v1.provider.{rig.ctx.instance}", payload)
+        assert (await rig.answer(await rig.send("[[sim chunks=1]]"))).end
+
+
+# ---- flow control, liveness, drain -----------------------------------------------------------------------------------------
+
+
+async def test_a_client_that_takes_nothing_stops_its_own_stream_only(valkey_url: str) -> None:
+    """64 KiB beyond the credited offset, not a byte more; then on from where it stood, byte by byte the same."""
+    async with running(valkey_url) as rig:
+        rig.asker.credits = False
+        slow = await rig.send("[[sim chunks=3000 seed=1]]", cap=100_000)
+        key = (slow.reply.stream, 1)
+        await rig.asker.until(lambda: rig.asker.taken.get(key, 0) > 60_000)
+        other = await rig.send("[[sim chunks=3 seed=1]]")
+        await rig.answer(other)
+        assert rig.asker.taken[key] <= 64 * 1024
+        sent = rig.asker.taken[key]
+        await asyncio.sleep(0.05)
+        assert rig.asker.taken[key] == sent
+        rig.asker.credits = True
+        rig.asker.give_credit()
+        answer = await rig.answer(slow)
+        assert len(answer.text().split()) == 3000
+        assert not answer.end.summary.estimated
+
+
+async def test_a_large_whole_answer_drains_by_credit(valkey_url: str) -> None:
+    async with running(valkey_url) as rig:
+        request = await rig.send("[[sim chunks=60000]]", stream=False, cap=100_000)
+        answer = await rig.answer(request)
+        assert len(answer.body) > 200_000
+        assert orjson.loads(answer.body)["usage"]["completion_tokens"] == 60_000
+        assert answer.head
+
+
+async def test_an_answer_over_the_limit_is_an_error(valkey_url: str) -> None:
+    """S1-R5."""
+    async with running(valkey_url, MAX_RESPONSE_BYTES="20000") as rig:
+        for stream in (True, False):
+            request = await rig.send("[[sim chunks=5000]]", stream=stream, cap=6000)
+            assert (await rig.answer(request)).failed.error.code == "response_too_large"
+            [line], [entry] = await rig.bill(request.rid), await rig.settled(request.rid)
+            assert entry.cost >= line["cost_nano_usd"]
+            assert entry.estimated
+
+
+async def test_an_asker_that_falls_silent_is_given_up(valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DESIGN 3: nothing heard of it for 5 s (here 0.5 s); while it is heard, nothing happens."""
+    monkeypatch.setattr("workers.provider.control.UNHEARD_S", 0.5)
+    monkeypatch.setattr("workers.provider.control.LOOK_S", 0.05)
+    async with running(valkey_url) as rig:
+        rig.asker.credits = False
+        request = await rig.send("[[sim chunks=5000 pace=10]]", steps=(PACED,))
+        for _ in range(8):
+            rig.beat()
+            await asyncio.sleep(0.1)
+        assert rig.provider.in_flight() == 1
+        [entry] = await rig.settled(request.rid)
+        [line] = await rig.bill(request.rid)
+        assert (entry.cost, entry.estimated) == (line["cost_nano_usd"], True)
+
+
+async def test_drain_lets_streams_finish_and_takes_nothing_new(valkey_url: str) -> None:
+    """D8."""
+    async with running(valkey_url) as rig:
+        request = await rig.send("[[sim chunks=60 pace=4]]", steps=(PACED,))
+        await rig.asker.deltas(request.reply.stream, 1)
+        draining = asyncio.create_task(rig.provider.drain())
+        await asyncio.sleep(0.02)
+        assert not draining.done()
+        assert (await rig.answer(request)).end.summary.output_tokens == 60
+        await draining
+
+
+async def test_drain_ends_what_takes_too_long_with_an_error(valkey_url: str) -> None:
+    async with running(valkey_url, SHUTDOWN_DRAIN_MS="50", SHUTDOWN_STREAM_DRAIN_MS="100") as rig:
+        stream = await rig.send("[[sim chunks=1000 pace=10]]", steps=(PACED,))
+        whole = await rig.send("[[sim chunks=1000 pace=10]]", steps=(PACED,), stream=False)
+        await rig.asker.deltas(stream.reply.stream, 1)
+        await rig.provider.drain()
+        for request in (stream, whole):
+            assert (await rig.answer(request)).failed.error.code == "shutting_down"
+            [line], [entry] = await rig.bill(request.rid), await rig.settled(request.rid)
+            assert entry.cost >= line["cost_nano_usd"]
+
+
+async def test_accepted_travels_with_what_comes(valkey_url: str) -> None:
+    """A fast whole answer is one NATS message: Accepted, Delta, End."""
+    async with running(valkey_url, REPLY_MUX_MS="50") as rig:
+        await rig.answer(await rig.send("[[sim chunks=1]]", stream=False))  # the connection is there now
+        rig.asker.batches.clear()
+        answer = await rig.answer(await rig.send("[[sim chunks=1]]", stream=False))
+        assert len(rig.asker.batches) == 1
+        assert [type(frame) for frame in answer.frames[:2]] == [Accepted, Delta]
