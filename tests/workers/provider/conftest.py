@@ -8,7 +8,7 @@ import uvloop
 
 
 def pytest_asyncio_loop_factories(
-    config: pytest.Config,  # noqa: ARG001 - the hook's signature
+    config: pytest.Config,
     item: pytest.Item,
 ) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
     """By module."""

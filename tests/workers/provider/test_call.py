@@ -88,7 +88,7 @@ async def test_the_output_cap_is_in_the_upstream_request(valkey_url: str) -> Non
         assert answer.end.summary.output_tokens == 4
 
 
-# ---- cuts: the drain makes the count complete (I1) ---------------------------------------------------------------------
+# ---- cuts: the drain makes the count complete (I1) -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("after", [1, 2, 5])
@@ -218,7 +218,7 @@ async def test_the_upstream_s_line_ends_comments_and_bytes_make_no_difference(va
         assert len(texts) == 1
 
 
-# ---- the Plan ----------------------------------------------------------------------------------------------------------
+# ---- the Plan --------------------------------------------------------------------------------------------------------
 
 
 async def test_another_endpoint_serves_when_the_first_fails_before_its_first_token(valkey_url: str) -> None:
@@ -329,7 +329,7 @@ async def test_the_deadline_ends_a_call(valkey_url: str, stream: bool) -> None:
         assert rig.outcomes == []  # not the endpoint's fault
 
 
-# ---- dispatch, ledger, admission -----------------------------------------------------------------------------------------
+# ---- dispatch, ledger, admission -------------------------------------------------------------------------------------
 
 
 async def test_a_second_delivery_is_refused_and_a_repeat_is_served_once(valkey_url: str) -> None:
@@ -414,7 +414,7 @@ async def test_an_unreserved_call_is_not_fenced_but_billed(valkey_url: str) -> N
     ],
 )
 async def test_what_is_not_taken_is_voided(
-    valkey_url: str, fields: dict[str, Any], env: dict[str, str], code: str
+    valkey_url: str, fields: dict[str, Any], env: dict[str, Any], code: str
 ) -> None:
     async with running(valkey_url, **env) as rig:
         if code == "overloaded":
@@ -445,7 +445,7 @@ async def test_junk_on_the_subject_is_ignored(valkey_url: str) -> None:
         assert (await rig.answer(await rig.send("[[sim chunks=1]]"))).end
 
 
-# ---- flow control, liveness, drain -----------------------------------------------------------------------------------------
+# ---- flow control, liveness, drain -----------------------------------------------------------------------------------
 
 
 async def test_a_client_that_takes_nothing_stops_its_own_stream_only(valkey_url: str) -> None:

@@ -1,0 +1,90 @@
+"""What a call is charged (I1, faults 77): never below the bill, and marked when counted by us."""
+
+from typing import Any
+
+import orjson
+import pytest
+
+from shared.core import tokens
+from shared.core.translators.openai import OpenAITranslator
+from shared.wire.errors import UpstreamTruncated
+from shared.wire.messages import Admission, Price, Step
+from tests.core.translating import ask, translator
+from workers.provider import settlement
+from workers.provider.exchange import Ended
+from workers.provider.settlement import ALLOWANCE, Charge
+
+ADMISSION = Admission(
+    reserved=True,
+    amount=10**6,
+    estimate=42_500,
+    input_tokens=9,
+    output_cap=100,
+    price=Price(10**9, 10**9 // 2, 2 * 10**9),
+)
+REQUEST = ask(orjson.dumps({"model": "m", "messages": [{"role": "user", "content": "hello"}]}))
+PROMPT = tokens.count_prompt(REQUEST.body, "o200k")
+ERROR = UpstreamTruncated().body()
+
+
+def said(*words: str, finish: bool = False, usage: str = "") -> OpenAITranslator:
+    call = translator()
+    call.feed(b'{"choices":[{"index":0,"delta":{"content":""}}]}')
+    for word in words:
+        call.feed(orjson.dumps({"choices": [{"index": 0, "delta": {"content": word}}]}))
+    if finish:
+        call.feed(b'{"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}')
+    if usage:
+        call.feed(b'{"choices":[],"usage":' + usage.encode() + b"}")
+    return call
+
+
+GOOD = '{"prompt_tokens":50,"completion_tokens":7,"prompt_tokens_details":{"cached_tokens":10}}'
+
+
+@pytest.mark.parametrize(
+    ("call", "ended", "expected"),
+    [
+        (said(" a", finish=True, usage=GOOD), {}, (50, 10, 7, False)),
+        (said(" a", finish=True, usage=GOOD), {"error": ERROR}, (50, 10, 7, False)),  # came in the drain
+        (said(" a", " b", finish=True), {}, (PROMPT, 0, 2, True)),
+        (
+            said(" a", usage=GOOD),
+            {"error": ERROR, "complete": True},
+            (PROMPT, 0, 1, True),
+        ),  # a running count is no bill
+        (said(" a", finish=True, usage='{"prompt_tokens":5,"completion_tokens":0}'), {}, (PROMPT, 0, 1, True)),
+        (said(finish=True, usage='{"prompt_tokens":5,"completion_tokens":0}'), {}, (5, 0, 0, False)),
+        (said(" a", " b"), {"error": ERROR, "complete": True}, (PROMPT, 0, 2, True)),
+        (said(" a", " b"), {"error": ERROR}, (PROMPT, 0, 2 + ALLOWANCE, True)),
+        (said(*[" a"] * 90), {"error": ERROR}, (PROMPT, 0, 100, True)),  # up to the cap
+        (said(*[" a"] * 120), {"error": ERROR}, (PROMPT, 0, 120, True)),  # the cap was ignored
+        (said(" a"), {"error": ERROR, "readable": False}, (PROMPT, 0, 100, True)),
+        (said("un", "believ", "able"), {"error": ERROR, "complete": True}, (PROMPT, 0, 3, True)),  # deltas, not tokens
+        (said(" a"), {"error": ERROR, "billed": False}, (0, 0, 0, False)),
+    ],
+)
+def test_the_table(call: OpenAITranslator, ended: dict[str, Any], expected: tuple[int, int, int, bool]) -> None:
+    prompt, cached, output, estimated = expected
+    found = settlement.charge(REQUEST, ADMISSION, call, Ended(**{"billed": True, **ended}), "o200k")
+    cost = (prompt - cached) * 1000 + cached * 500 + output * 2000
+    assert found == Charge(cost, prompt, cached, output, estimated)
+
+
+def test_head_and_payload() -> None:
+    """D12, and the shape of D5's payload."""
+    step = Step("main", "real")
+    assert settlement.head(ADMISSION, step, 2, 28_000_000) == {
+        "X-BR-Guardian-Status": "on",
+        "X-BR-Estimated-Cost": "$0.0000425",
+        "X-BR-Guardian-Overhead-Ms": "0.0",
+        "X-BR-Calls": "2",
+        "X-BR-Endpoint": "main",
+        "X-BR-Actual-Cost": "$0.028",
+    }
+    found = orjson.loads(settlement.payload(REQUEST, ADMISSION, step, 2, Charge(28_000_000, 5, 1, 2, True)))
+    assert found == {
+        "request_id": "0" * 32, "guardian": "on", "estimated_cost": "$0.0000425", "actual_cost": "$0.028",
+        "actual_cost_nano_usd": 28_000_000, "overhead_ms": 0.0, "endpoint": "main", "model": "real", "calls": 2,
+        "usage": {"input_tokens": 5, "cached_tokens": 1, "output_tokens": 2}, "estimated": True,
+    }  # fmt: skip
