@@ -18,7 +18,7 @@ from ingress.sinks import Live, Whole
 from shared.core.stream import Fail, Finish, Limits
 from shared.state.base import Principal
 from shared.wire import errors, headers
-from shared.wire.messages import Ask, ReplyTo
+from shared.wire.messages import Ask, ReplyTo, encode
 from shared.wire.openai import ChatRequest, parse_chat
 
 #: A body must be complete within this (faults 66); at 1 MiB that is a client of 140 kbit/s.
@@ -234,7 +234,7 @@ class Chat:
                 outcome=outcome,
                 deliveries=exchange.machine.newest,
                 ms=(self._desk.clock() - visit.arrived) * 1000,
-                hops=() if end is None else end.hops,
+                hops=encode(() if end is None else end.hops),
             )
         )
 

@@ -8,6 +8,7 @@ callbacks: the only task is aiohttp's handler.
 import asyncio
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Final, Protocol
 
 import msgspec
@@ -90,6 +91,21 @@ class Desk:
         """From now on frames find it."""
         self.exchanges[exchange.number] = exchange
 
+    # The Sender keeps these two for a second after each send. They name the request instead of holding it, so that what
+    # is over is freed at once: otherwise the collector would walk a second's worth of requests again and again.
+
+    def undeliverable(self, number: int, delivery: int) -> None:
+        """NATS says that no guardian is left for this delivery."""
+        exchange = self.exchanges.get(number)
+        if exchange is not None:
+            exchange.undeliverable(delivery, errors.NoWorker())
+
+    def moved(self, number: int, delivery: int, _dead: str, following: str) -> None:
+        """The delivery went to another guardian."""
+        exchange = self.exchanges.get(number)
+        if exchange is not None and exchange.machine.newest == delivery:
+            exchange.moved(following)
+
     def next_stream(self) -> int:
         """A number no other request of this process had (I6)."""
         self.opened += 1
@@ -165,7 +181,7 @@ class Exchange:
     def _accepted(self, now: float) -> None:
         machine = self.machine
         if machine.holder and machine.delivery == machine.newest:
-            self.desk.handoff.observe(machine.accept_latency(now))
+            self.desk.handoff.observe(now - machine.sent_at)
 
     def _write(self, event: Write, now: float) -> None:
         if not self.first_at:
@@ -209,24 +225,29 @@ class Exchange:
         if delivery > 1:
             ask = self.ask = msgspec.structs.replace(ask, delivery=delivery, lost=lost)
         hop = Hop("ingress", desk.instance, desk.pid, desk.now_ms(), self.took_us)
-        machine = self.machine
         try:
             guardian = desk.sender.send(
                 "guardian",
                 encode(Admit(ask=ask, hops=(hop,))),
-                on_undeliverable=lambda: self._undeliverable(delivery, errors.NoWorker()),
-                lost=lambda _dead, following: machine.sent(following) if machine.newest == delivery else None,
+                on_undeliverable=partial(desk.undeliverable, self.number, delivery),
+                lost=partial(desk.moved, self.number, delivery),
             )
         except NoLiveInstance:
-            self._undeliverable(delivery, errors.NoWorker())
+            self.undeliverable(delivery, errors.NoWorker())
         except BusUnavailable:
-            self._undeliverable(delivery, errors.BusDown())
+            self.undeliverable(delivery, errors.BusDown())
         except PayloadTooLarge:
-            self._undeliverable(delivery, errors.TooLarge())
+            self.undeliverable(delivery, errors.TooLarge())
         else:
-            machine.sent(guardian)
+            self.machine.sent(guardian)
 
-    def _undeliverable(self, delivery: int, error: errors.HotpathError) -> None:
+    def moved(self, guardian: str) -> None:
+        """Another guardian has the newest delivery."""
+        self.machine.sent(guardian)
+        self._act(())
+
+    def undeliverable(self, delivery: int, error: errors.HotpathError) -> None:
+        """Nobody could be given this delivery."""
         self._act(self.machine.undeliverable(delivery, error.body()))
 
     def _arm(self) -> None:
@@ -246,3 +267,4 @@ class Exchange:
             desk.wheel.disarm(self)
             desk.control.waits(self, self.waiting_on, "")
             self.sink.close()
+            self.sink = NOWHERE  # a Live knows its exchange: without the circle both are freed at once

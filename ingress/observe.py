@@ -27,6 +27,7 @@ COLD: Final = 3
 BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
 _json: Final = msgspec.json.Encoder().encode
+_hops: Final = msgspec.msgpack.Decoder(tuple[Hop, ...]).decode
 
 
 class Tally(Collector):
@@ -71,8 +72,9 @@ class Tally(Collector):
             yield CounterMetricFamily(f"hotpath_{name}", text, value=read())
 
 
-class Trace(msgspec.Struct, frozen=True):
-    """One finished request."""
+class Trace(msgspec.Struct, frozen=True, gc=False):
+    """One finished request, as strings and bytes only: ten thousand kept objects that the collector would have to walk
+    again and again cost a fifth of the ingress's CPU (measured)."""
 
     rid: str
     label: str
@@ -80,7 +82,7 @@ class Trace(msgspec.Struct, frozen=True):
     outcome: str
     deliveries: int
     ms: float
-    hops: tuple[Hop, ...]
+    hops: bytes  # msgpack of tuple[Hop, ...]
 
 
 class Traces:
@@ -105,10 +107,7 @@ class Traces:
 
 
 def _shown(trace: Trace) -> dict[str, Any]:
-    hops = [
-        {"role": hop.role, "instance": hop.instance, "pid": hop.pid, "at": hop.at, "took_us": hop.took_us}
-        for hop in trace.hops
-    ]
+    hops = [msgspec.structs.asdict(hop) for hop in _hops(trace.hops)]
     fields = msgspec.structs.asdict(trace)
     return {**fields, "ms": round(trace.ms, 3), "hops": hops}
 

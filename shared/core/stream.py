@@ -130,22 +130,16 @@ _NOTHING: Final[Events] = ()
 
 _Row = dict[type[Struct], str]
 
+#: What every pair of state and standing gets that is not in the table.
 _STRAY: Final[_Row] = {Accepted: "stray", Refused: "drop", Delta: "stray", End: "drop", Failed: "drop"}
 _HELD_OWNER: Final[_Row] = {Accepted: "own", Refused: "drop", Delta: "write", End: "end", Failed: "fail"}
 
 _TABLE: Final[dict[tuple[int, int], _Row]] = {
     (WAITING, _NEWEST): {Accepted: "own", Refused: "follow", Delta: "stray", End: "stray", Failed: "fail"},
     (WAITING, _OTHER): {Accepted: "own", Refused: "follow", Delta: "stray", End: "stray", Failed: "drop"},
-    (WAITING, _FENCED): _STRAY,
     (HELD, _OWNER): _HELD_OWNER,
     (HELD, _OTHER): {Accepted: "contest", Refused: "follow", Delta: "stray", End: "drop", Failed: "drop"},
-    (HELD, _FENCED): _STRAY,
     (STARTED, _OWNER): _HELD_OWNER,
-    (STARTED, _OTHER): _STRAY,
-    (STARTED, _FENCED): _STRAY,
-    (DONE, _OWNER): _STRAY,
-    (DONE, _OTHER): _STRAY,
-    (DONE, _FENCED): _STRAY,
 }
 
 
@@ -158,8 +152,8 @@ class Stream:
 
     __slots__ = (
         "_call", "_deadline", "_expected", "_fenced", "_first_due", "_guardian", "_handoff", "_handoff_due",
-        "_idle_from", "_limits", "_lost", "_sent_at", "_told", "_unfenced_owner", "delivery", "due", "holder", "newest",
-        "received", "state", "taken",
+        "_idle_from", "_limits", "_lost", "_told", "_unfenced_owner", "delivery", "due", "holder", "newest",
+        "received", "sent_at", "state", "taken",
     )  # fmt: skip
 
     def __init__(self, limits: Limits, now: float) -> None:
@@ -178,7 +172,7 @@ class Stream:
         self._told: dict[int, float] = {}  # delivery -> when its sender was last told to stop
         self._lost = ""  # the last holder found dead: named in every delivery from then on, since one may be lost
         self._handoff = 0.0
-        self._sent_at = now
+        self.sent_at = now  # when the newest delivery was made
         self._handoff_due = _NEVER
         self._deadline = now + limits.total
         self._first_due = now + limits.first_token + BACKSTOP_S if limits.streamed else _NEVER
@@ -201,10 +195,6 @@ class Stream:
         if self.state == DONE:
             return ""
         return self.holder or self._guardian
-
-    def accept_latency(self, now: float) -> float:
-        """Seconds since the newest delivery was made."""
-        return now - self._sent_at
 
     def took(self, offset: int, now: float) -> None:
         """The client has taken this many bytes in all. Never more than `received`, never less than before."""
@@ -278,7 +268,7 @@ class Stream:
         if frame.seq > expected and self._gap_matters(standing):
             return self._gap(delivery, sender)
         self._expected[delivery] = frame.seq + 1
-        verb = _TABLE[self.state, standing][type(frame)]
+        verb = _TABLE.get((self.state, standing), _STRAY)[type(frame)]
         if verb == "write":
             assert isinstance(frame, Delta)
             return self._write(frame, now)
@@ -370,7 +360,7 @@ class Stream:
     def _deliver(self, now: float) -> Events:
         self.newest += 1
         self._guardian = ""
-        self._sent_at = now
+        self.sent_at = now
         self._handoff_due = now + self._handoff
         self._schedule()
         return (Deliver(self.newest, self._lost),)

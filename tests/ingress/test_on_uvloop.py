@@ -1,4 +1,4 @@
-"""The ingress runs on uvloop, whose transports differ from asyncio's in more than speed: the telling tests once more."""
+"""The ingress runs on uvloop, whose transports differ from asyncio's in more than speed: the telling tests again."""
 
 import inspect
 from collections.abc import Awaitable, Callable
