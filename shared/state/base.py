@@ -77,8 +77,11 @@ class Ledger(Protocol):
         """Post what was really used, in full. "settled", "late" (was unconfirmed or voided), "duplicate", "opened"
         (no entry was known: posted as its own)."""
 
-    async def void(self, *, tenant: str, rid: str, delivery: int) -> str:
-        """Give an undispatched reservation back. "voided", or "kept" (a later delivery reserved, or one dispatched)."""
+    async def void(self, *, tenant: str, rid: str, delivery: int, instance: str = "", call: int = 1) -> str:
+        """Give an undispatched reservation back. "voided", or "kept" (a later delivery reserved, or one dispatched).
+
+        With `instance` also what a dispatch (or, with its number as `call`, a topup) of that instance may have opened
+        whose answer never came: it is settled at 0."""
 
     async def expire(self, *, tenant: str) -> int:
         """Sweep up to 16 expired leases; how many were."""

@@ -167,14 +167,15 @@ class RedisLedger:
         reply = await self._run(_SETTLE, self._ledger_keys(tenant), args, POST_TIMEOUT)
         return cast("str", reply[0].decode())
 
-    async def void(self, *, tenant: str, rid: str, delivery: int, instance: str = "") -> str:
+    async def void(self, *, tenant: str, rid: str, delivery: int, instance: str = "", call: int = 1) -> str:
         """Nothing was used by this delivery: give an undispatched reservation back. "voided" or "kept".
 
         With `instance`, the open call this instance may have won under this delivery is settled at 0 as well: what a
-        provider sends whose dispatch stayed in doubt (DESIGN 3), since it cannot know the call's number.
+        provider sends whose dispatch stayed in doubt (DESIGN 3), since it cannot know the call's number. After a topup
+        in doubt `call` is the number it asked for: call n, which was made, must keep its place for its own settle.
         Raises StateUnavailable, ValueError.
         """
-        args = (_rid(rid), *self._spans, delivery, instance.encode())
+        args = (_rid(rid), *self._spans, delivery, instance.encode(), call)
         reply = await self._run(_VOID, self._ledger_keys(tenant), args, POST_TIMEOUT)
         return cast("str", reply[0].decode())
 

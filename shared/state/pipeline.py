@@ -26,6 +26,8 @@ GATE_AFTER: Final = 3
 #: How often a closed gate is probed, and the time within which a probe counts as answered, in seconds.
 PROBE_EVERY: Final = 0.25
 PROBE_TIMEOUT: Final = 0.1
+#: A timer that runs later than this: our own loop stood still, and answers may lie in the socket unread.
+STALL: Final = 0.02
 #: A connection that has said nothing for so long under probes is given up: its peer may be gone without a FIN.
 SILENCE: Final = 5.0
 CONNECT_TIMEOUT: Final = 1.0
@@ -63,6 +65,7 @@ class Pipeline(asyncio.Protocol):
         self._lost = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
         self._wake: asyncio.TimerHandle | None = None
+        self._graced = False
         self._misses = 0
         self._gate: asyncio.TimerHandle | None = None  # set while the gate is closed
         self._probe: asyncio.Future[Any] | None = None
@@ -193,7 +196,13 @@ class Pipeline(asyncio.Protocol):
 
     def _give_up(self) -> None:
         """Fail what is past its time (one timer serves all: the next wake is the earliest that remains)."""
-        self._wake, now, earliest = None, self.now(), float("inf")
+        assert self._wake is not None
+        now, earliest = self.now(), float("inf")
+        if now - self._wake.when() > STALL and not self._graced:  # timers run before reads: read first
+            self._graced = True
+            self._wake_at(now + 0.001)
+            return
+        self._wake, self._graced = None, False
         for command in self._waiting:
             if command.reply is None or command.reply.done():
                 continue

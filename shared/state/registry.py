@@ -57,7 +57,7 @@ def key_id(token: bytes) -> bytes:
 
 
 class RedisRegistry:
-    """`base.Registry`. `State` polls it; `fetch` is the lazy path for a key made a moment ago (S0-07)."""
+    """`base.Registry`. `State` polls it; `fetch` and `find` are the lazy path for a key made just now (S0-07)."""
 
     def __init__(
         self,
@@ -118,13 +118,24 @@ class RedisRegistry:
         """The principal by ids: what guardian and provider check an envelope against."""
         return self._pairs.get((tenant, key))
 
+    async def find(self, tenant: str, key: str) -> Principal | None:
+        """As `lookup`, asking Redis once for a pair this copy does not have. Raises StateUnavailable (503)."""
+        if (tenant, key) not in self._pairs and keys.OPAQUE.fullmatch(key):
+            await self._ask(key.encode())
+        return self._pairs.get((tenant, key))
+
     async def fetch(self, token: bytes) -> Principal | None:
         """As `authenticate`, asking Redis once for a key id this copy does not have. Raises StateUnavailable (503)."""
         principal, wanted = self.authenticate(token), key_id(token)
         if principal is not None or not wanted or wanted in self._keys:
             return principal
+        await self._ask(wanted)
+        return self.authenticate(token)
+
+    async def _ask(self, wanted: bytes) -> None:
+        """Load the tenant of a key id, if there is one; ids without are remembered for a while."""
         if self._unknown.get(wanted, 0.0) > self._monotonic():
-            return None
+            return
         if self._fetching >= FETCHES:
             raise StateUnavailable("too many unknown keys are being looked up")
         self._fetching += 1
@@ -138,31 +149,6 @@ class RedisRegistry:
             if len(self._unknown) >= UNKNOWN_KEPT:
                 self._unknown.clear()
             self._unknown[wanted] = self._monotonic() + UNKNOWN_S
-        return self.authenticate(token)
-
-    async def find(self, tenant: str, key: str) -> Principal | None:
-        """As `lookup`, asking Redis once for ids this copy does not have: the ingress may know a key made a moment ago.
-
-        Raises StateUnavailable (503, not 401), also when too many are looked up at once.
-        """
-        principal, wanted = self.lookup(tenant, key), f"{tenant}:{key}".encode()
-        if principal is not None or not keys.OPAQUE.fullmatch(tenant) or not keys.OPAQUE.fullmatch(key):
-            return principal
-        if self._unknown.get(wanted, 0.0) > self._monotonic():
-            return None
-        if self._fetching >= FETCHES:
-            raise StateUnavailable("too many unknown keys are being looked up")
-        self._fetching += 1
-        try:
-            await self._load([tenant])
-        finally:
-            self._fetching -= 1
-        principal = self.lookup(tenant, key)
-        if principal is None:
-            if len(self._unknown) >= UNKNOWN_KEPT:
-                self._unknown.clear()
-            self._unknown[wanted] = self._monotonic() + UNKNOWN_S
-        return principal
 
     async def poll(self) -> None:
         """Read what changed since the last poll; all at first, or after Redis lost data. Raises StateUnavailable."""

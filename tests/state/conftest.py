@@ -7,10 +7,24 @@ from pathlib import Path
 import pytest
 
 from deploy import servers
+from shared.state import ledger
 from shared.state.redis import State
 from tests.state.rig import Money, settings_for
 
 Connect = Callable[..., Awaitable[State]]
+
+
+@pytest.fixture(autouse=True)
+def patience(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine must not fail a test that is not about time; those that are ask for `real_timeouts`."""
+    if "real_timeouts" not in request.fixturenames:
+        monkeypatch.setattr(ledger, "ADMIT_TIMEOUT", 10.0)
+        monkeypatch.setattr(ledger, "POST_TIMEOUT", 10.0)
+
+
+@pytest.fixture
+def real_timeouts() -> None:
+    """The ledger's own timeouts (DESIGN 4)."""
 
 
 @pytest.fixture

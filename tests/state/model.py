@@ -180,11 +180,13 @@ class Model:
         entry.forget_at = max(self.now + TOMBSTONE, entry.deadline + GRACE)
         return status
 
-    def void(self, rid: str, delivery: int, instance: str) -> str:
+    def void(self, rid: str, delivery: int, instance: str, lowest: int) -> str:
         entry = self.entries.setdefault(rid, Entry("voided", 0, 0, -1, 0))
         last = entry.last
         if last is not None:
             if not instance or (last.instance, last.delivery, last.state) != (instance, delivery, "dispatched"):
+                return "kept"
+            if last.number < lowest:
                 return "kept"
             last.state, last.cost = "settled", 0
         elif delivery < entry.delivery:

@@ -75,8 +75,10 @@ class Money:
     async def settle(self, rid: str, call: int = 1, cost: int = 60, *, estimated: bool = False) -> str:
         return await self.state.ledger.settle(tenant=self.tenant, rid=rid, call=call, cost=cost, estimated=estimated)
 
-    async def void(self, rid: str, delivery: int = 1, instance: str = "") -> str:
-        return await self.state.ledger.void(tenant=self.tenant, rid=rid, delivery=delivery, instance=instance)
+    async def void(self, rid: str, delivery: int = 1, instance: str = "", call: int = 1) -> str:
+        return await self.state.ledger.void(
+            tenant=self.tenant, rid=rid, delivery=delivery, instance=instance, call=call
+        )
 
     async def expire(self) -> int:
         return await self.state.ledger.expire(tenant=self.tenant)

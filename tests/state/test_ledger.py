@@ -141,6 +141,18 @@ async def test_void_of_a_dispatch_in_doubt_settles_it_at_nothing(money: Money) -
     assert (await money.dispatch(undispatched, 1, "A")).status == "voided"
 
 
+async def test_void_of_a_topup_in_doubt_leaves_the_call_before_it_alone(money: Money) -> None:
+    """Call 1 was made and its settle got no answer either; the topup for call 2 never arrived."""
+    rid = new_rid()
+    await money.reserve(rid)
+    await money.dispatch(rid)
+    assert await money.void(rid, 1, "A", call=2) == "kept"
+    assert await money.settle(rid, 1, 70) == "settled"
+    await money.topup(rid, 2)
+    assert await money.void(rid, 1, "A", call=2) == "voided"
+    assert await money.held() == (70, 0, 0)
+
+
 # ---- dispatch --------------------------------------------------------------------------------------------------------
 
 

@@ -163,10 +163,11 @@ class LedgerMachine(RuleBasedStateMachine):
         rid = self.rids[request]
         assert self.ask(self.money.settle(rid, call, cost, estimated=estimated)) == self.model.settle(rid, call, cost)
 
-    @rule(request=requests, delivery=deliveries, instance=st.sampled_from(["", "", "A", "B"]))
-    def void(self, request: int, delivery: int, instance: str) -> None:
+    @rule(request=requests, delivery=deliveries, instance=st.sampled_from(["", "", "A", "B"]), call=calls)
+    def void(self, request: int, delivery: int, instance: str, call: int) -> None:
         rid = self.rids[request]
-        assert self.ask(self.money.void(rid, delivery, instance)) == self.model.void(rid, delivery, instance)
+        expected = self.model.void(rid, delivery, instance, call)
+        assert self.ask(self.money.void(rid, delivery, instance, call)) == expected
 
     @rule(request=requests, delivery=deliveries, verb=st.sampled_from(["reserve", "dispatch", "topup"]))
     def stale(self, request: int, delivery: int, verb: str) -> None:

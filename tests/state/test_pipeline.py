@@ -5,6 +5,7 @@ import contextlib
 import socket
 import ssl
 import subprocess
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -254,6 +255,23 @@ def test_it_runs_on_uvloop(valkey_url: str) -> None:
         await pipe.connect()
         try:
             return await pipe.execute(b"PING", within=1.0)
+        finally:
+            await pipe.close()
+
+    assert uvloop.run(ask()) == b"PONG"
+
+
+def test_a_stall_of_our_own_loop_is_not_redis_s_fault(valkey_url: str) -> None:
+    """The answer came while the loop stood still: on libuv the timer runs first, and must read before it gives up."""
+
+    async def ask() -> object:
+        pipe = Pipeline(valkey_url)
+        await pipe.connect()
+        try:
+            call = pipe.send(pack((b"PING",)), 0.05)
+            await asyncio.sleep(0)  # written
+            time.sleep(0.2)
+            return await call
         finally:
             await pipe.close()
 

@@ -34,6 +34,7 @@ async def until_available(state: State, within: float = 2.0) -> float:
     return time.monotonic() - began
 
 
+@pytest.mark.usefixtures("real_timeouts")
 async def test_a_paused_redis_is_refused_in_time_then_at_once_then_back(own_valkey: str, connect: Connect) -> None:
     """CLIENT PAUSE 2 s: each answer within its timeout, the gate fails fast, nothing stale runs, recovery is quick."""
     state = await connect(own_valkey)
@@ -42,7 +43,7 @@ async def test_a_paused_redis_is_refused_in_time_then_at_once_then_back(own_valk
     await money.raw("CLIENT", "PAUSE", 2000, "ALL")
     took, answer = await timed(money.settle(rid))
     assert isinstance(answer, StateUnavailable)
-    assert 0.140 < took < 0.230
+    assert 0.140 < took < 0.250
     for _ in range(2):
         not_after = state.clock.now() + 100
         reserve = state.ledger.reserve(
@@ -50,7 +51,7 @@ async def test_a_paused_redis_is_refused_in_time_then_at_once_then_back(own_valk
         )
         took, answer = await timed(reserve)
         assert isinstance(answer, StateUnavailable)
-        assert 0.090 < took < 0.180
+        assert 0.090 < took < 0.250  # D4: 503 within 250 ms
     assert not state.available
     took, answer = await timed(money.reserve(new_rid()))
     assert isinstance(answer, StateUnavailable)
@@ -62,6 +63,7 @@ async def test_a_paused_redis_is_refused_in_time_then_at_once_then_back(own_valk
     assert await money.settle(rid) == "duplicate"
 
 
+@pytest.mark.usefixtures("real_timeouts")
 async def test_a_frozen_redis_that_thaws(tmp_path: Path, connect: Connect) -> None:
     """SIGSTOP (faults 44): no hang, and back within 2 s of its return."""
     port = servers.free_port()
@@ -79,6 +81,7 @@ async def test_a_frozen_redis_that_thaws(tmp_path: Path, connect: Connect) -> No
         assert (await money.reserve(new_rid())).status == "ok"
 
 
+@pytest.mark.usefixtures("real_timeouts")
 async def test_a_killed_redis_that_comes_back(tmp_path: Path, connect: Connect) -> None:
     """Faults 42: refused at once while it is away, reconnected within 2 s, what the AOF kept is there."""
     port, data = servers.free_port(), tmp_path / "valkey"
@@ -155,6 +158,7 @@ async def test_a_read_only_redis_is_typed(own_valkey: str, connect: Connect) -> 
         await money.reserve(new_rid())
 
 
+@pytest.mark.usefixtures("real_timeouts")
 async def test_a_busy_redis_is_typed(own_valkey: str, connect: Connect) -> None:
     """Faults 50: somebody's endless script."""
     state = await connect(own_valkey)

@@ -54,6 +54,14 @@ async def test_a_key_made_a_moment_ago_is_fetched(own_valkey: str, connect: Conn
     assert principal is not None
     assert there.registry.authenticate(made.key.encode()) == principal
     assert await there.registry.fetch(made.key[:-1].encode() + b"!") is None
+    other = await here.create_key("acme")
+    assert there.registry.lookup(other.tenant_id, other.key_id) is None
+    assert await there.registry.find("nobody", other.key_id) is None
+    found = await there.registry.find(other.tenant_id, other.key_id)
+    assert found is not None
+    assert found.key == other.key_id
+    for odd in ("", "a b", "x" * 200, "ü"):
+        assert await there.registry.find(other.tenant_id, odd) is None
 
 
 async def test_revoked_everywhere_within_a_second(own_valkey: str, connect: Connect) -> None:

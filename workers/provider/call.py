@@ -208,12 +208,12 @@ class Provider:
         if message.admission.reserved:
             self._voids.void(message.ask)
 
-    def void_doubt(self, message: Call) -> None:
-        """A dispatch or top-up got no answer, and no call was made: settle at 0 what it may have opened."""
+    def void_doubt(self, message: Call, call: int = 1) -> None:
+        """A dispatch or top-up (for `call`) got no answer, no call was made: settle at 0 what it may have opened."""
         ask, instance = message.ask, self.instance
 
         async def void() -> None:
-            await self.ledger.void(tenant=ask.tenant, rid=ask.rid, delivery=ask.delivery, instance=instance)
+            await self.ledger.void(tenant=ask.tenant, rid=ask.rid, delivery=ask.delivery, instance=instance, call=call)
 
         self._later(void)
 

@@ -88,8 +88,9 @@ class Walk:
         return self._message.ask.rid
 
     def done(self, task: "asyncio.Task[None]") -> None:
-        """The task's callback."""
+        """The task's callback. Channel and walk know each other: one lets go, so that no cycle waits for the collector."""
         self._provider.ended(self, task)
+        self._channel = None
 
     def crashed(self) -> None:
         """A fault of our own: the client is told; a dispatched call stays open and becomes unconfirmed by its lease."""
@@ -323,7 +324,7 @@ class Walk:
             if answer.status == "won":
                 self.call = answer.call
             return answer.status == "won"
-        self._provider.void_doubt(message)
+        self._provider.void_doubt(message, self.call + 1)
         return False
 
     # ---- terminals ---------------------------------------------------------------------------------------------------

@@ -1,17 +1,18 @@
 #!lua flags=allow-oom
--- void(args=[rid, grace, tombstone, unconfirmed, delivery, instance], keys=[balances, entries, leases])
+-- void(args=[rid, grace, tombstone, unconfirmed, delivery, instance, call], keys=[balances, entries, leases])
 --
 -- Nothing was used by this delivery: gives an undispatched reservation back and leaves a tombstone that refuses its
--- late reserve and dispatch. With `instance` (a dispatch in doubt, no call was made) the open call which that instance
--- may have won under this delivery is settled at 0. Runs when Redis is out of memory. Keys: _balances.lua.
+-- late reserve and dispatch. With `instance` (a dispatch or topup in doubt, no call was made) the open call which that
+-- instance may have won under this delivery is settled at 0, if its number is `call` or above: below are calls that
+-- were made, whose settle may still come. Runs when Redis is out of memory. Keys: _balances.lua.
 -- Returns {'voided'} | {'kept'} (a later delivery reserved, or one dispatched)
-local delivery, instance = tonumber(ARGV[5]), ARGV[6]
+local delivery, instance, lowest = tonumber(ARGV[5]), ARGV[6], tonumber(ARGV[7])
 
 local entry = load() or {'V', 0, 0, 0, today, 0}
 local last = newest(entry)
 if last then
   local mine = last[INSTANCE] == instance and last[HOLDER_DELIVERY] == delivery
-  if instance == '' or not mine or last[CALL_STATE] ~= 'D' then return {'kept'} end
+  if instance == '' or not mine or last[CALL_STATE] ~= 'D' or last[NUMBER] < lowest then return {'kept'} end
   move(entry[DAY], 0, -last[CALL_AMOUNT], 0)
   last[CALL_STATE] = 'S'
   save(rid, entry, true)
