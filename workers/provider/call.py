@@ -18,7 +18,7 @@ from shared.wire import errors, subjects
 from shared.wire.errors import HotpathError
 from shared.wire.messages import Call, Cancel, Credit, Step, decode_call
 from workers.provider.control import Control
-from workers.provider.exchange import Ended
+from workers.provider.ended import Ended
 from workers.provider.mux import Mux
 from workers.provider.outcomes import OutcomeLog
 from workers.provider.upstream import Origin, Pool

@@ -16,14 +16,12 @@ import asyncio
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from msgspec import Struct
-
 from shared.core import sse
 from shared.core.translators.base import Failure, Translator, UpstreamFailure
 from shared.core.translators.failures import MAX_BODY as MAX_ERROR_BODY
 from shared.wire import errors
 from shared.wire.errors import HotpathError, UpstreamError
-from shared.wire.messages import ErrorBody
+from workers.provider.ended import Ended, Limits, failure_of, mode_of, unsent
 from workers.provider.upstream import Connection, Lost, Pool
 
 #: After the last finish_reason the usage and the terminal follow at once; a server that keeps silent for so long will
@@ -38,46 +36,6 @@ BODY: Final = 2
 DRAIN: Final = 3
 OVER: Final = 4
 
-_STREAM: Final = "text/event-stream"
-_JSON: Final = ("application/json", "text/json")
-_ANSWERS: Final = (
-    *_JSON,
-    _STREAM,
-    "",
-    "text/plain",
-    "application/octet-stream",
-)  # some servers name none, or a wrong one
-
-
-class Limits(Struct, frozen=True, kw_only=True):
-    """Loop times and seconds."""
-
-    connect_s: float
-    head: float  # loop time until which the head must have come
-    first_token: float  # loop time
-    idle_s: float
-    deadline: float  # loop time: the request's own
-    drain_s: float
-    max_bytes: int
-
-
-class Ended(Struct, frozen=True, kw_only=True):
-    """How it ended. `body`: a whole answer for the client. `outcome`: for the endpoint's circuit, None = says nothing.
-
-    sent: the upstream may have seen the request. billed: it accepted it (or may have). complete: everything it wrote
-    was read. readable: and understood, so that counting it makes sense.
-    """
-
-    error: ErrorBody | None = None
-    cancelled: bool = False
-    retryable: bool = False
-    same_endpoint: bool = False
-    outcome: bool | None = None
-    billed: bool = False
-    complete: bool = False
-    readable: bool = True
-    body: bytes = b""
-
 
 class Exchange:
     """See the module. `out` gets bytes for the client, in order."""
@@ -85,7 +43,7 @@ class Exchange:
     __slots__ = (
         "_bytes", "_cancelled", "_connection", "_dialling", "_error_status", "_failure", "_future", "_headers",
         "_last_event", "_limits", "_loop", "_mode", "_out", "_parser", "_parts", "_paused", "_phase", "_pool",
-        "_prefix", "_prefix_size", "_readable", "_replaced", "_replacing", "_request", "_stream", "_tail_due", "_timer",
+        "_prefix", "_readable", "_replaced", "_replacing", "_request", "_stream", "_tail_due", "_timer",
         "_translator", "_whole", "started_at",
     )  # fmt: skip
 
@@ -107,7 +65,7 @@ class Exchange:
         self._replaced = False
         self._replacing: asyncio.Task[None] | None = None
         self._parser = sse.Parser()
-        # sse, whole; json: a whole answer where a stream was asked for; error: a status; other: not an answer
+        # mode_of's; error: a status other than 200
         self._mode = "sse" if stream else "whole"
         self._whole = b""
         self._error_status = 0
@@ -115,7 +73,6 @@ class Exchange:
         self._parts: list[bytes] = []
         self._bytes = 0
         self._prefix: list[bytes] = []
-        self._prefix_size = 0
         self._failure: Failure | None = None  # why it is being drained
         self._cancelled = False
         self._readable = True
@@ -144,7 +101,7 @@ class Exchange:
         try:
             connection = await self._dialling
         except HotpathError as exc:
-            self._finish(_unsent(exc))
+            self._finish(unsent(exc))
         except asyncio.CancelledError:
             if not self._cancelled:
                 raise  # the request's own task was cancelled
@@ -238,18 +195,9 @@ class Exchange:
             self._mode = "error"
             self._error_status = status
             return
-        if self._phase == DRAIN and self._mode == "other":
-            return
-        if headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
-            self._mode, self._readable = "other", False
-            self._drain(_failure(errors.UpstreamInvalid("The provider sent an encoding that was not asked for.")))
-            return
-        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if self._stream and kind in _JSON:
-            self._mode = "json"
-        elif kind not in _ANSWERS or (kind == _STREAM and not self._stream):
-            self._mode, self._readable = "other", kind != _STREAM
-            self._drain(_failure(errors.UpstreamInvalid("The provider sent something that is not an answer.")))
+        self._mode, self._readable, wrong = mode_of(headers, stream=self._stream)
+        if wrong and self._phase == BODY:
+            self._drain(failure_of(errors.UpstreamInvalid(wrong)))
 
     def on_body(self, data: bytes) -> None:
         """A read's worth of body."""
@@ -281,16 +229,16 @@ class Exchange:
         connection, self._connection = self._connection, None
         if lost.unsent and self._phase == SENT and connection is not None:
             if self._replaced or connection.fresh:
-                self._finish(_unsent(UpstreamError("The provider closed the connection.")))
+                self._finish(unsent(UpstreamError("The provider closed the connection.")))
             else:
                 self._replaced = True
                 self._phase = DIAL
                 self._replacing = self._loop.create_task(self._dial())
         elif lost.malformed:
-            self._failure = self._failure or _failure(errors.UpstreamInvalid())
+            self._failure = self._failure or failure_of(errors.UpstreamInvalid())
             self._finish(self._ended(complete=False))
         elif self._phase == SENT:
-            self._failure = _failure(UpstreamError("The provider closed the connection."))
+            self._failure = failure_of(UpstreamError("The provider closed the connection."))
             self._finish(self._ended(complete=lost.clean))
         else:
             self._at_end(complete=lost.clean, cut=True)
@@ -307,7 +255,7 @@ class Exchange:
                 out = translator.feed(event)
             except (HotpathError, UpstreamFailure) as exc:
                 self._give_out()
-                self._drain(_failure(exc))
+                self._drain(failure_of(exc))
                 self._count(events[number + 1 :])
                 return
             if out:
@@ -316,7 +264,7 @@ class Exchange:
             self._give_out()
         if parser.failed:
             self._readable = False
-            self._drain(_failure(errors.UpstreamInvalid("The provider sent an event that is too large.")))
+            self._drain(failure_of(errors.UpstreamInvalid("The provider sent an event that is too large.")))
         elif translator.done:
             self._complete()
         elif translator.finished and not self._tail_due:
@@ -340,8 +288,7 @@ class Exchange:
         if not outs or self._phase != BODY:
             return
         if not self._translator.started:
-            self._prefix_size = sum(map(len, outs))
-            if self._prefix_size <= MAX_PREFIX:
+            if sum(map(len, outs)) <= MAX_PREFIX:
                 return
             self._translator.started = True  # too much to hold back: it counts as begun
         if not self.started_at:
@@ -366,7 +313,7 @@ class Exchange:
                 if out := self._read_end(cut=cut):
                     self._prefix.append(out)
             except (HotpathError, UpstreamFailure) as exc:
-                self._failure = _failure(exc)
+                self._failure = failure_of(exc)
                 self._finish(self._ended(complete=complete))
             else:
                 self._give_out()
@@ -451,16 +398,3 @@ class Exchange:
                 connection.abort()
         if not self._future.done():
             self._future.set_result(ended)
-
-
-def _failure(exc: HotpathError | UpstreamFailure) -> Failure:
-    """An answer that cannot be used is the endpoint's fault; another one, or later this one, may do better."""
-    if isinstance(exc, UpstreamFailure):
-        return exc.failure
-    return Failure(exc.body(), retryable=True, same_endpoint=True, endpoint_fault=True)
-
-
-def _unsent(exc: HotpathError) -> Ended:
-    """No server has seen the request."""
-    ours = isinstance(exc, errors.GatewayFault)
-    return Ended(error=exc.body(), retryable=True, same_endpoint=True, outcome=None if ours else False)

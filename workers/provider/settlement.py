@@ -23,7 +23,7 @@ from shared.core import money, pricing, tokens
 from shared.core.translators.base import Translator
 from shared.wire import headers
 from shared.wire.messages import Admission, Ask, Step
-from workers.provider.exchange import Ended
+from workers.provider.ended import Ended
 
 #: Tokens a choice may have been ahead of what we read when the connection was cut: at 100 tokens a second a third of a
 #: second, more than a round trip and the time a provider takes to notice.

@@ -16,7 +16,8 @@ from shared.wire import headers as names
 from shared.wire.errors import HotpathError
 from shared.wire.messages import Call, ErrorBody, Hop, Step, Summary
 from workers.provider import settlement
-from workers.provider.exchange import Ended, Exchange, Limits
+from workers.provider.ended import Ended, Limits
+from workers.provider.exchange import Exchange
 from workers.provider.mux import Channel
 from workers.provider.settlement import Charge
 
@@ -88,7 +89,7 @@ class Walk:
         return self._message.ask.rid
 
     def done(self, task: "asyncio.Task[None]") -> None:
-        """The task's callback. Channel and walk know each other: one lets go, so that no cycle waits for the collector."""
+        """The task's callback. Channel and walk know each other: one lets go, so that no cycle is left to collect."""
         self._provider.ended(self, task)
         self._channel = None
 

@@ -11,7 +11,7 @@ from shared.wire.errors import UpstreamTruncated
 from shared.wire.messages import Admission, Price, Step
 from tests.core.translating import ask, translator
 from workers.provider import settlement
-from workers.provider.exchange import Ended
+from workers.provider.ended import Ended
 from workers.provider.settlement import ALLOWANCE, Charge
 
 ADMISSION = Admission(

@@ -13,7 +13,8 @@ from msgspec import Struct
 from shared.core.translators.openai import OpenAI
 from tests.core.translating import ask
 from workers.provider import address, upstream
-from workers.provider.exchange import Ended, Exchange, Limits
+from workers.provider.ended import Ended, Limits
+from workers.provider.exchange import Exchange
 from workers.provider.upstream import Origin, Pool
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter, int], Awaitable[None]]

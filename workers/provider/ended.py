@@ -1,0 +1,79 @@
+"""What bounds one upstream call, how its answer is to be read, and how it ended. Pure."""
+
+from collections.abc import Mapping
+from typing import Final
+
+from msgspec import Struct
+
+from shared.core.translators.base import Failure, UpstreamFailure
+from shared.wire import errors
+from shared.wire.errors import HotpathError
+from shared.wire.messages import ErrorBody
+
+_STREAM: Final = "text/event-stream"
+_JSON: Final = ("application/json", "text/json")
+_ANSWERS: Final = (
+    *_JSON,
+    _STREAM,
+    "",
+    "text/plain",
+    "application/octet-stream",
+)  # some servers name none, or a wrong one
+
+
+class Limits(Struct, frozen=True, kw_only=True):
+    """Loop times and seconds."""
+
+    connect_s: float
+    head: float  # loop time until which the head must have come
+    first_token: float  # loop time
+    idle_s: float
+    deadline: float  # loop time: the request's own
+    drain_s: float
+    max_bytes: int
+
+
+class Ended(Struct, frozen=True, kw_only=True):
+    """How it ended. `body`: a whole answer for the client. `outcome`: for the endpoint's circuit, None = says nothing.
+
+    sent: the upstream may have seen the request. billed: it accepted it (or may have). complete: everything it wrote
+    was read. readable: and understood, so that counting it makes sense.
+    """
+
+    error: ErrorBody | None = None
+    cancelled: bool = False
+    retryable: bool = False
+    same_endpoint: bool = False
+    outcome: bool | None = None
+    billed: bool = False
+    complete: bool = False
+    readable: bool = True
+    body: bytes = b""
+
+
+def failure_of(exc: HotpathError | UpstreamFailure) -> Failure:
+    """An answer that cannot be used is the endpoint's fault; another one, or later this one, may do better."""
+    if isinstance(exc, UpstreamFailure):
+        return exc.failure
+    return Failure(exc.body(), retryable=True, same_endpoint=True, endpoint_fault=True)
+
+
+def unsent(exc: HotpathError) -> Ended:
+    """No server has seen the request."""
+    ours = isinstance(exc, errors.GatewayFault)
+    return Ended(error=exc.body(), retryable=True, same_endpoint=True, outcome=None if ours else False)
+
+
+def mode_of(headers: Mapping[str, str], *, stream: bool) -> tuple[str, bool, str]:
+    """How the body of a 200 is to be read, whether what it says can be counted, and what is wrong with it.
+
+    sse, whole; json: a whole answer where a stream was asked for; other: nothing to be read.
+    """
+    if headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+        return "other", False, "The provider sent an encoding that was not asked for."
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if stream and kind in _JSON:
+        return "json", True, ""
+    if kind not in _ANSWERS or (kind == _STREAM and not stream):
+        return "other", kind != _STREAM, "The provider sent something that is not an answer."
+    return ("sse" if stream else "whole"), True, ""
