@@ -6,10 +6,12 @@ Beats go out every 500 ms, in the first two seconds every 100 ms: processes that
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
 from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Final
 
@@ -26,6 +28,8 @@ EARLY_BEAT_S: Final = 0.1
 #: With a look each 100 ms and 150 ms of lateness allowed, no stall over 250 ms goes unnoticed.
 LOOK_S: Final = 0.1
 LATE_S: Final = 0.15
+#: Whoever lives has beaten once in this time.
+ACQUAINT_S: Final = BEAT_S + 0.1
 
 _log: Final = logging.getLogger("hotpath.pulse")
 
@@ -55,11 +59,26 @@ class Pulse:
         self._sent = 0
         self._beat_timer: asyncio.TimerHandle | None = None
         self._look_timer: asyncio.TimerHandle | None = None
+        self._awaited: set[str] = set()  # roles not heard yet, while `acquaint` waits
+        self._acquainted = asyncio.Event()
 
     async def listen(self, bus: Bus) -> None:
         """Follow the beats of every role that has a roster. Raises what `subscribe` raises."""
         for role in self._rosters:
             await bus.subscribe(subjects.beat(role, "*"), self._on_beat)
+
+    async def acquaint(self, roles: AbstractSet[str]) -> None:
+        """Return once each of these roles was heard, or after one beat: after `listen`, before work is taken.
+
+        A worker that took work before it knew whom to hand it to could only refuse it, at once, and would be sent more
+        for being idle: 300 refusals in the half second after a guardian's restart (measured).
+        """
+        now = time.monotonic()
+        self._awaited = {role for role in roles if not self._rosters[role].alive(now)}
+        if self._awaited:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._acquainted.wait(), ACQUAINT_S)
+            self._awaited = set()
 
     def start(self, living: list[Living], metrics_url: str) -> None:
         """Say at once that these live, and go on saying it."""
@@ -117,6 +136,10 @@ class Pulse:
             self.ignored += 1
             return
         self._rosters[beat.role].on_beat(beat, time.monotonic())
+        if self._awaited:
+            self._awaited.discard(beat.role)
+            if not self._awaited:
+                self._acquainted.set()
 
     def _look(self, due: float) -> None:
         now = time.monotonic()

@@ -4,7 +4,8 @@
     main(Guardian, Routing, Provider)  several in one process, over the same subjects and the same code
 
 Boot: settings and catalogue (exit 78 when wrong) -> bus and state at once, tried for 10 s (exit 1) -> sizes checked,
-registry warm -> control and beats subscribed -> each role's `start` -> first beat, ready line. End: SIGTERM or SIGINT
+registry warm -> control and beats subscribed -> those it hands work to heard (0.6 s at most) -> each role's `start`
+-> first beat, ready line. End: SIGTERM or SIGINT
 -> beats say draining -> each role's `drain` -> connections closed, exit 0; a second signal ends at once.
 """
 

@@ -95,9 +95,9 @@ class Provider:
 
     async def drain(self) -> None:
         """Whole answers get SHUTDOWN_DRAIN_MS, streams SHUTDOWN_STREAM_DRAIN_MS (D8); the rest is told and settled."""
-        self._draining = True
         if self._subscription is not None:
-            await self._subscription.drain()
+            await self._subscription.drain()  # what was sent before routing heard that we leave is still served
+        self._draining = True
         whole = [task for walk, task in self._walks.items() if not walk.streams]
         end = self.loop.time() + self.settings.shutdown_stream_drain_ms / 1000
         if whole:
