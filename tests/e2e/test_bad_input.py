@@ -208,6 +208,12 @@ FRAMING: dict[str, bytes] = {
     "52 vertical tab": b"Transfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n",
     "53 space before colon": b"Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n",
     "54 folded": b"Transfer-Encoding:\r\n chunked\r\n\r\n0\r\n\r\n",
+    "50 empty": b"Content-Length: \r\n\r\n",
+    "52 chunked, identity": b"Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n",
+    "56 chunk ended by LF": b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\n0\r\n\r\n",
+    "57 extension ended by LF": b"Transfer-Encoding: chunked\r\n\r\n5;\nhello\r\n0\r\n\r\n",
+    "58 last chunk ended by LF": b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\n",
+    "60 trailers": b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n" + b"a: b\r\n" * 100_000 + b"\r\n",
     "59 chunk extension": b"Transfer-Encoding: chunked\r\n\r\n2;" + b"x" * 70_000 + b"\r\n{}\r\n0\r\n\r\n",
     "61 CR in a value": b"X-Test: val\rue\r\nContent-Length: 2\r\n\r\n{}",
     "61 NUL in a value": b"X-Test: val\x00ue\r\nContent-Length: 2\r\n\r\n{}",
@@ -234,6 +240,33 @@ async def test_framing(up: Up, sim: Sim, watch: Watch, client: Client) -> None:
         answer = await exchange(up.url, junk + b"\r\n\r\n", half_close=True)
         assert answer.status in {0, 400, 405}, (junk, answer)
     await check_nothing_happened(up, sim, watch, client)
+
+
+async def test_hosts(up: Up, sim: Sim, watch: Watch, client: Client) -> None:
+    """Case 62: two Hosts, a list, none, or another one in the target: 400, and never another route."""
+    whole = post(up.run["api_key"], body())
+    for changed in (
+        whole.replace(b"Host: x", b"Host: x\r\nHost: y"),
+        whole.replace(b"Host: x\r\n", b""),
+        whole.replace(b"Host: x", b"Host: a, b"),
+        whole.replace(b"POST /v1", b"POST http://other/admin/../v1", 1),
+    ):
+        check_error(await exchange(up.url, changed), {400, 404})
+    for line in (b"POST /" + b"x" * 100_000, b"X" * 100_000 + b" /v1/chat/completions"):
+        answer = await exchange(up.url, line + whole[whole.index(b" HTTP/1.1") :])
+        assert answer.status in {0, 400, 414, 431}
+    await check_nothing_happened(up, sim, watch, client)
+
+
+async def test_slow_heads(up: Up, client: Client) -> None:
+    """Case 60: a head that does not end is closed at a timer (10 s); others go on."""
+    halves = [b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n", b"P", b""]
+    reads = [asyncio.create_task(exchange(up.url, half, within=20)) for half in halves for _ in range(10)]
+    while not all(task.done() for task in reads):
+        assert (await client.chat("[[sim chunks=1]]")).took < 1
+        await asyncio.sleep(0.5)
+    for task in reads:
+        assert task.result().status in {0, 400, 408}
 
 
 async def test_paths_and_methods(up: Up, sim: Sim, watch: Watch, client: Client) -> None:
@@ -337,6 +370,24 @@ async def test_the_watcher_sees_strange_subjects(up: Up, watch: Watch) -> None:
     async with asyncio.timeout(2):
         while "admin.reset" not in watch.strange:
             await asyncio.sleep(0.01)
+
+
+async def test_tiny_chunks(up: Up, sim: Sim, watch: Watch, client: Client) -> None:
+    """Case 45: a body in 1-byte chunks is refused in the end, and costs the others little meanwhile."""
+    head = post(up.run["api_key"], b"").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+    flood = asyncio.create_task(exchange(up.url, head + b"1\r\n \r\n" * 1_100_000 + b"0\r\n\r\n", within=30))
+    took = []
+    while not flood.done():
+        seen = await client.chat("[[sim chunks=1]]")
+        assert seen.ended_well
+        took.append(seen.took)
+        await asyncio.sleep(0.01)
+    answer = await flood
+    assert answer.status in {0, 400, 413}
+    print(f"{len(took)} requests beside it, the slowest {1000 * max(took):.0f} ms")
+    assert max(took) < 0.25
+    await asyncio.to_thread(sim.reset)
+    await check_nothing_happened(up, sim, watch, client)
 
 
 async def test_other_streams_are_unharmed(up: Up, sim: Sim, client: Client) -> None:

@@ -7,12 +7,14 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import openai
 import pytest
 
 from tests.e2e.books import entries, level
 from tests.e2e.drive import Client
 from tests.e2e.rig import Up
 from tests.e2e.sim import Sim, until
+from tests.interop.target import says, with_v1
 
 
 class Redis:
@@ -55,7 +57,11 @@ async def test_a_hard_limit_fails_closed(up: Up, sim: Sim, redis: Redis, tenant:
     redis.freeze()
     seen = [await client.chat("x", stream=bool(number % 2)) for number in range(12)]
     together = await asyncio.gather(*(client.chat("x") for _ in range(50)))
+    async with openai.AsyncOpenAI(base_url=with_v1(up.url), api_key=made["key"], max_retries=0) as sdk:
+        with pytest.raises(openai.InternalServerError) as caught:
+            await sdk.chat.completions.create(model="sim-fast", messages=says("x"))
     redis.thaw()
+    assert (caught.value.status_code, caught.value.code) == (503, "ledger_unavailable")
     for answer in seen + together:
         assert (answer.status, answer.error.get("code")) == (503, "ledger_unavailable")
         assert int(answer.headers["retry-after"]) >= 1
