@@ -18,7 +18,9 @@ import uvloop
 
 from deploy import servers
 from shared.settings import load
+from shared.state.ledger import RedisLedger
 from shared.state.redis import State
+from shared.state.scripts import Scripts
 
 TENANT = "bench"
 
@@ -33,35 +35,34 @@ def _client_cpu() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-async def _request(state: State) -> None:
+async def _request(ledger: RedisLedger, now: int, ttl: int) -> None:
     rid = secrets.token_hex(16)
-    now = state.clock.now()
-    await state.ledger.reserve(
-        tenant=TENANT, rid=rid, delivery=1, amount=300_000, deadline=now + 30_000, not_after=now + 1000
-    )
-    await state.ledger.dispatch(
+    await ledger.reserve(tenant=TENANT, rid=rid, delivery=1, amount=300_000, deadline=now + ttl, not_after=now + 1000)
+    await ledger.dispatch(
         tenant=TENANT, rid=rid, delivery=1, instance="abcdefghijkl", lost="", amount=300_000, max_calls=3,
         not_after=now + 1000,
     )  # fmt: skip
-    await state.ledger.settle(tenant=TENANT, rid=rid, call=1, cost=28_000)
+    await ledger.settle(tenant=TENANT, rid=rid, call=1, cost=28_000)
 
 
-async def _worker(state: State, requests: int) -> None:
-    for _ in range(requests):
-        await _request(state)
+async def _round(
+    state: State, pid: int, requests: int, concurrency: int, name: str, ledger: RedisLedger | None = None
+) -> None:
+    ttl = 30_000 if ledger is None else 300
 
+    async def worker() -> None:
+        for _ in range(requests // concurrency):
+            await _request(ledger or state.ledger, state.clock.now(), ttl)
 
-async def _round(state: State, pid: int, requests: int, concurrency: int, name: str) -> None:
     client, server = _client_cpu(), _server_cpu(pid)
     began = asyncio.get_running_loop().time()
-    await asyncio.gather(*(_worker(state, requests // concurrency) for _ in range(concurrency)))
+    await asyncio.gather(*(worker() for _ in range(concurrency)))
     wall = asyncio.get_running_loop().time() - began
     client, server = _client_cpu() - client, _server_cpu(pid) - server
-    print(
-        f"{name:24} {requests} requests at concurrency {concurrency}: "
-        f"client {client / requests * 1e6 / 3:5.1f} us a call, server {server / requests * 1e6 / 3:5.1f} us a call; reserve+dispatch+settle "
-        f"{(client + server) / requests * 1e6:6.1f} us CPU, {wall / requests * 1e6:6.1f} us wall"
-    )
+    each = 1e6 / requests
+    print(f"{name}: {requests} requests (reserve + dispatch + settle) at concurrency {concurrency}, in us:")
+    print(f"    CPU a call: client {client * each / 3:.1f}, server {server * each / 3:.1f}")
+    print(f"    a request: CPU {(client + server) * each:.1f}, wall {wall * each:.1f}")
 
 
 async def _memory(state: State) -> int:
@@ -86,6 +87,15 @@ async def _main(pid: int, port: int, requests: int, concurrency: int) -> None:
             print(
                 f"{(await _memory(state) - before) / added:.0f} bytes of Redis memory per tombstone ({added} of them)"
             )
+        brief = RedisLedger(
+            state._hot,
+            Scripts(state._hot),
+            now=state.clock.now,
+            lease_grace_ms=0,
+            tombstone_ms=300,
+            unconfirmed_ms=1000,
+        )
+        await _round(state, pid, requests, concurrency, "tombstones come and go", brief)
     finally:
         await state.close()
 

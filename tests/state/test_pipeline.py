@@ -262,16 +262,28 @@ def test_it_runs_on_uvloop(valkey_url: str) -> None:
 
 
 def test_a_stall_of_our_own_loop_is_not_redis_s_fault(valkey_url: str) -> None:
-    """The answer came while the loop stood still: on libuv the timer runs first, and must read before it gives up."""
+    """The answer came while a reader's callback stood still: libuv runs timers before it reads again."""
 
     async def ask() -> object:
         pipe = Pipeline(valkey_url)
         await pipe.connect()
-        try:
-            call = pipe.send(pack((b"PING",)), 0.05)
-            await asyncio.sleep(0)  # written
+        here, there = socket.socketpair()
+        loop = asyncio.get_running_loop()
+
+        def stall() -> None:
+            here.recv(1)
+            loop.remove_reader(here)
+            pipe._transport.write(pack((b"PING",)))  # type: ignore[union-attr]  # on its way before the stall
             time.sleep(0.2)
-            return await call
+
+        loop.add_reader(here, stall)
+        try:
+            with here, there:
+                call = pipe._loop.create_future()
+                pipe._out.append(b"")  # the command is written by `stall`
+                pipe._write(b"", call, pipe.now() + 0.05)
+                there.send(b"x")
+                return await call
         finally:
             await pipe.close()
 

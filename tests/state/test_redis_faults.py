@@ -122,6 +122,12 @@ async def test_scripts_flushed_under_load_are_loaded_again(own_valkey: str, conn
 
     await asyncio.gather(flush(), *(request() for _ in range(500)))
     assert await money.held() == (500 * 60, 0, 0)
+    await money.raw("SCRIPT", "FLUSH")
+    await money.raw("CONFIG", "RESETSTAT")
+    await asyncio.gather(*(money.reserve(new_rid()) for _ in range(50)))
+    stats = await money.raw("INFO", "commandstats")
+    assert b"cmdstat_script|load:calls=1," in stats  # one load served them all, and none sent the whole text
+    assert b"cmdstat_eval:" not in stats
 
 
 async def test_a_full_redis_still_settles_and_voids(own_valkey: str, connect: Connect) -> None:
