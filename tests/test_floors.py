@@ -20,14 +20,13 @@ MAX_FUNCTION: Final = 60
 LARGE_FILES: Final[dict[str, str]] = {
     "shared/bus/nats.py": "the one place that speaks NATS: its protocol is not cut in two for twenty lines",
     "shared/core/stream.py": "one state machine: its prose, its table and its steps are read together",
-    "shared/service.py": "the life of a process, from settings to exit, in the order it happens",
 }
 LARGE_FUNCTIONS: Final[dict[str, str]] = {}
 
 #: Handlers of `except Exception`: the door of a process, a task or a bus, where one fault must not take others along.
 DOORS: Final[dict[str, str]] = {
     "workers/guardian/admit.py": "one request must not take the others with it",
-    "shared/service.py": "whatever ends the process becomes one log line and an exit code",
+    "shared/service/__init__.py": "whatever ends the process becomes one log line and an exit code",
     "shared/bus/nats.py": "the door of the bus: a handler's fault must not cost others their messages",
     "shared/bus/memory.py": "as bus/nats.py",
 }
