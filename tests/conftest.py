@@ -1,12 +1,17 @@
 """The real servers every test may use: one Valkey and one NATS per test session, from the wheels."""
 
 from collections.abc import Iterator
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from deploy import servers
 from tests.e2e.sim import Sim, running_simulator
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.e2e.rig import Up
 
 
 @pytest.fixture(scope="session")

@@ -61,7 +61,7 @@ async def _tell_everyone(where: Where, settings: Settings) -> None:
             bus.publish(subjects.NOTICE_REGISTRY, b"")
             await bus.flush()
             await bus.close()
-    except (BusUnavailable, TimeoutError, OSError):
+    except (BusUnavailable, ValueError, TimeoutError):
         return
 
 
@@ -214,7 +214,7 @@ async def _ingresses(settings: Settings) -> list[str]:
         await bus.subscribe(subjects.beat("ingress", "*"), on_beat)
         await asyncio.sleep(BEATS_S)
         await bus.close()
-    except BusUnavailable as exc:
+    except (BusUnavailable, ValueError) as exc:
         raise Failed(f"{exc}; set NATS_URL, or name the directory of a running `hotpath up`: --data DIR") from exc
     return sorted(found)
 

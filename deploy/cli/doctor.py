@@ -129,7 +129,7 @@ async def _nats(where: Where, settings: Settings) -> list[Check]:
 
     try:
         bus = await NatsBus.connect(settings.nats_url, "hotpath-doctor")
-    except BusUnavailable as exc:
+    except (BusUnavailable, ValueError) as exc:
         return [_not_there("nats", str(exc), where, "NATS_URL")]
     payload = bus.max_payload
     await bus.close()
