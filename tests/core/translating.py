@@ -10,7 +10,7 @@ from shared.core.translators.openai import OpenAI, OpenAITranslator
 from shared.wire.errors import HotpathError
 from shared.wire.messages import Ask, ReplyTo
 
-SECRET = "hotpath-provider-key-of-the-test"
+SECRET = "plain words, no pattern"  # only its value gives it away
 
 
 class Said(Struct):

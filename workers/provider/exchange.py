@@ -234,7 +234,7 @@ class Exchange:
                 self._replaced = True
                 self._phase = DIAL
                 self._replacing = self._loop.create_task(self._dial())
-        elif lost.malformed:
+        elif lost.malformed and self._mode != "error":
             self._failure = self._failure or failure_of(errors.UpstreamInvalid())
             self._finish(self._ended(complete=False))
         elif self._phase == SENT:

@@ -150,7 +150,7 @@ class Walk:
         assert self._channel is not None
         if answer is None:
             self._fail(errors.LedgerDown().body())
-            self._provider.void_doubt(message)
+            self._provider.void_doubt(message, 1)
         elif answer.status in ("refused", "closed") and answer.holder:
             self._channel.refused(answer.holder, answer.delivery)
         else:

@@ -1,6 +1,7 @@
 """One request through the provider against the real simulator and the real ledger (I1, I4, I5, I7; D3, D5, D11)."""
 
 import asyncio
+import random
 from typing import Any
 
 import orjson
@@ -373,6 +374,22 @@ async def test_a_dispatch_in_doubt_makes_no_call(valkey_url: str, monkeypatch: p
         assert await rig.bill(request.rid) == []
 
 
+async def test_a_top_up_in_doubt_makes_no_further_call(valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running(valkey_url) as rig:
+        ledger, real = rig.ctx.state.ledger, rig.ctx.state.ledger.topup
+
+        async def lost(**fields: Any) -> Any:
+            await real(**fields)
+            raise StateUnavailable("the reply was lost")
+
+        monkeypatch.setattr(ledger, "topup", lost)
+        await rig.fault({"status": 503}, endpoint="default")
+        request = await rig.send(steps=(FAST, TWO))
+        assert (await rig.answer(request)).failed.error.status == 502
+        assert [(entry.state, entry.cost) for entry in await rig.settled(request.rid)] == [("settled", 0)] * 2
+        assert await rig.bill(request.rid) == []
+
+
 async def test_a_settlement_that_redis_does_not_take_is_said_and_made_later(
     valkey_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -536,3 +553,47 @@ async def test_accepted_travels_with_what_comes(valkey_url: str) -> None:
         answer = await rig.answer(await rig.send("[[sim chunks=1]]", stream=False))
         assert len(rig.asker.batches) == 1
         assert [type(frame) for frame in answer.frames[:2]] == [Accepted, Delta]
+
+
+async def test_a_hundred_and_fifty_mixed_requests_against_the_bill(valkey_url: str) -> None:
+    """I1: usage seen -> exactly the bill; cut -> at the bill or above; nothing unconfirmed, nothing left open."""
+    dice = random.Random(11)
+    faults = ["", "", "", " cut_after=3", " error_after=2", " malformed_after=4", " status=503"]
+    async with running(valkey_url) as rig:
+        requests, left = [], []
+
+        async def one(stream: bool, prompt: str, leave_after: float) -> None:
+            request = await rig.send(prompt, stream=stream, steps=(PACED, TWO), extra={"pad": dice.random()})
+            requests.append(request)
+            if leave_after:
+                await asyncio.sleep(leave_after)
+                rig.asker.cancel(request.reply.stream)
+                left.append(request)
+            else:
+                await rig.answer(request)
+
+        await asyncio.gather(*(
+            one(
+                dice.random() < 0.7,
+                f"[[sim chunks={dice.randrange(1, 40)} pace={dice.randrange(3)} seed={i}{dice.choice(faults)}]]",
+                dice.random() * 0.06 if dice.random() < 0.3 else 0,
+            )
+            for i in range(150)
+        ))  # fmt: skip
+        exact = cut = 0
+        for request in requests:
+            lines = {line["request_id"]: line for line in await rig.bill(request.rid)}
+            for entry in await rig.settled(request.rid):
+                assert entry.state == "settled"
+                line = lines.pop(f"{request.rid}.{entry.call}", None)
+                billed = line["cost_nano_usd"] if line else 0
+                if entry.estimated:
+                    cut += 1
+                    assert entry.cost >= billed
+                    assert not request.stream or line is None or entry.cost == billed  # None: left before a refusal
+                else:
+                    exact += 1
+                    assert entry.cost == billed
+            assert lines == {}
+        assert exact > 60
+        assert cut > 20

@@ -152,6 +152,16 @@ async def test_a_stream_stops_at_its_window_and_goes_on_by_credit() -> None:
     assert sum(bool(getattr(frame, "head", None)) for frame in frames) == 1
 
 
+async def test_small_pieces_stop_at_the_window_too() -> None:
+    desk = Desk()
+    channel = desk.open()
+    for _ in range(100):
+        channel.write(bytes(1000))
+    await asyncio.sleep(0.05)
+    assert len(desk.wire.data()) == 65_536
+    assert desk.told == [(1, True)]
+
+
 async def test_a_pair_stops_at_its_window(monkeypatch: pytest.MonkeyPatch) -> None:
     """Streams of one asker share what it has read; another asker is not held up."""
     monkeypatch.setattr(mux_module, "PAIR_WINDOW", 100_000)

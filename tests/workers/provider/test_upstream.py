@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import socket
 import ssl
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -467,6 +469,34 @@ async def test_a_pooled_connection_that_the_server_closed_is_not_used() -> None:
         for _ in range(20):
             assert (await client.call(stream=False)).ended.error is None
         assert server.connections == 20
+
+
+async def test_a_close_that_the_loop_has_not_told_us_of_is_seen() -> None:
+    """The last look before a request is written: no turn of the loop lies between the close and the next call."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    closed = threading.Event()
+
+    def serve() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(65_536)
+            connection.sendall(WHOLE)
+            closing.wait(5)
+        closed.set()
+
+    closing = threading.Event()
+    thread = threading.Thread(target=serve)
+    thread.start()
+    client = Client(f"http://127.0.0.1:{listener.getsockname()[1]}/v1")
+    assert (await client.call(stream=False)).ended.error is None
+    assert client.pool.open_connections == 1
+    closing.set()
+    closed.wait(5)
+    assert client.pool.take() is None
+    thread.join()
+    listener.close()
+    await asyncio.sleep(0.01)
+    assert client.pool.open_connections == 0
 
 
 async def test_a_request_that_may_have_been_seen_is_never_sent_twice() -> None:
