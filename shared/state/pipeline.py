@@ -64,7 +64,8 @@ class Pipeline(asyncio.Protocol):
         self._waiting: deque[_Waiting] = deque()
         self._lost = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
-        self._wake: asyncio.TimerHandle | None = None
+        self._wake: asyncio.Handle | None = None
+        self._wake_due = 0.0  # kept here: uvloop's handle of a time that has passed has no `when`
         self._graced = False
         self._misses = 0
         self._gate: asyncio.TimerHandle | None = None  # set while the gate is closed
@@ -181,7 +182,7 @@ class Pipeline(asyncio.Protocol):
             self._loop.call_soon(self._flush)
         self._out.append(command)
         self._waiting.append(_Waiting(reply, give_up))
-        if reply is not None and (self._wake is None or give_up < self._wake.when()):
+        if reply is not None and (self._wake is None or give_up < self._wake_due):
             self._wake_at(give_up)
 
     def _flush(self) -> None:
@@ -193,12 +194,12 @@ class Pipeline(asyncio.Protocol):
         if self._wake is not None:
             self._wake.cancel()
         self._wake = self._loop.call_at(when, self._give_up)
+        self._wake_due = when
 
     def _give_up(self) -> None:
         """Fail what is past its time (one timer serves all: the next wake is the earliest that remains)."""
-        assert self._wake is not None
         now, earliest = self.now(), float("inf")
-        if now - self._wake.when() > STALL and not self._graced:  # timers run before reads: read first
+        if now - self._wake_due > STALL and not self._graced:  # timers run before reads: read first
             self._graced = True
             self._wake_at(now + 0.001)
             return

@@ -1,10 +1,12 @@
 """What the tests of the shared state stand on: the session's Valkey, or one of a test's own to break."""
 
+import asyncio
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from deploy import servers
 from shared.state import ledger
@@ -59,3 +61,11 @@ async def state(connect: Connect, valkey_url: str) -> State:
 def money(state: State) -> Money:
     """The ledger of a tenant of this test's own."""
     return Money(state, f"t{secrets.token_hex(6)}")
+
+
+def pytest_asyncio_loop_factories(
+    config: pytest.Config,
+    item: pytest.Item,
+) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """uvloop, as production runs: its timers differ (a handle of a time that has passed has no `when`)."""
+    return {"uvloop": uvloop.new_event_loop}

@@ -43,7 +43,7 @@ class Exchange:
     __slots__ = (
         "_bytes", "_cancelled", "_connection", "_dialling", "_error_status", "_failure", "_future", "_headers",
         "_last_event", "_limits", "_loop", "_mode", "_out", "_parser", "_parts", "_paused", "_phase", "_pool",
-        "_prefix", "_readable", "_replaced", "_replacing", "_request", "_stream", "_tail_due", "_timer",
+        "_prefix", "_readable", "_replaced", "_replacing", "_request", "_stream", "_tail_due", "_timer", "_timer_due",
         "_translator", "_whole", "started_at",
     )  # fmt: skip
 
@@ -79,7 +79,8 @@ class Exchange:
         self._paused = False
         self._last_event = 0.0
         self._tail_due = 0.0
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._timer_due = 0.0  # kept here: uvloop's handle of a time that has passed has no `when`
         self.started_at = 0.0  # loop time at which something was first given out
 
     async def run(self, request: bytes) -> Ended:
@@ -164,9 +165,13 @@ class Exchange:
         """What is due may have come nearer."""
         due = self._due()
         if self._timer is not None:
-            if self._timer.when() <= due:
+            if self._timer_due <= due:
                 return
             self._timer.cancel()
+        self._set(due)
+
+    def _set(self, due: float) -> None:
+        self._timer_due = due
         self._timer = self._loop.call_at(due, self._check)
 
     def _check(self) -> None:
@@ -175,7 +180,7 @@ class Exchange:
             return
         now, due = self._loop.time(), self._due()
         if now < due:
-            self._timer = self._loop.call_at(due, self._check)
+            self._set(due)
         elif now >= self._limits.deadline:
             self._drain(Failure(errors.DeadlineExceeded().body(), False, False, False))
         elif self._tail_due and now >= self._tail_due:
