@@ -37,7 +37,7 @@ class Ended(Struct, frozen=True, kw_only=True):
     """How it ended. `body`: a whole answer for the client. `outcome`: for the endpoint's circuit, None = says nothing.
 
     sent: the upstream may have seen the request. billed: it accepted it (or may have). complete: everything it wrote
-    was read. readable: and understood, so that counting it makes sense.
+    was read. readable: and understood, so that counting it makes sense. size: bytes of a whole answer, as announced.
     """
 
     error: ErrorBody | None = None
@@ -49,6 +49,24 @@ class Ended(Struct, frozen=True, kw_only=True):
     complete: bool = False
     readable: bool = True
     body: bytes = b""
+    size: int = 0
+
+
+def refused(failure: Failure, *, cancelled: bool) -> Ended:
+    """Answered with a status other than 200: nothing was generated."""
+    return Ended(
+        error=failure.error,
+        cancelled=cancelled,
+        retryable=failure.retryable,
+        same_endpoint=failure.same_endpoint,
+        outcome=not failure.endpoint_fault,
+    )
+
+
+def content_length(headers: Mapping[str, str]) -> int:
+    """What the answer's head announced; 0 when it did not."""
+    value = headers.get("content-length", "")
+    return int(value) if value.isascii() and value.isdigit() and len(value) < 16 else 0
 
 
 def failure_of(exc: HotpathError | UpstreamFailure) -> Failure:

@@ -21,7 +21,7 @@ from shared.core.translators.base import Failure, Translator, UpstreamFailure
 from shared.core.translators.failures import MAX_BODY as MAX_ERROR_BODY
 from shared.wire import errors
 from shared.wire.errors import HotpathError, UpstreamError
-from workers.provider.ended import Ended, Limits, failure_of, mode_of, unsent
+from workers.provider.ended import Ended, Limits, content_length, failure_of, mode_of, refused, unsent
 from workers.provider.upstream import Connection, Lost, Pool
 
 #: After the last finish_reason the usage and the terminal follow at once; a server that keeps silent for so long will
@@ -362,15 +362,7 @@ class Exchange:
     def _refused(self) -> None:
         """A status other than 200: the body, as far as it came, says why."""
         failure = self._translator.failure(self._error_status, self._headers, b"".join(self._parts))
-        self._finish(
-            Ended(
-                error=failure.error,
-                cancelled=self._cancelled,
-                retryable=failure.retryable,
-                same_endpoint=failure.same_endpoint,
-                outcome=not failure.endpoint_fault,
-            )
-        )
+        self._finish(refused(failure, cancelled=self._cancelled))
 
     def _ended(self, *, complete: bool) -> Ended:
         failure = self._failure
@@ -384,6 +376,7 @@ class Exchange:
             billed=True,
             complete=complete,
             readable=self._readable and (self._mode in ("sse", "other") or self._counts_whole(complete=complete)),
+            size=content_length(self._headers) if self._mode in ("whole", "json") else 0,
         )
 
     def _counts_whole(self, *, complete: bool) -> bool:

@@ -7,8 +7,8 @@
     cut, all the upstream wrote was read         counted
     cut, not all was read (TLS, reset, drain     counted + ALLOWANCE a choice, at most up to the cap
       over)
-    a 200 that could not be read, or a whole     prompt counted + the whole output cap: what was generated is unknown
-      answer that came in part
+    a 200 that could not be read, or a whole     prompt counted + the whole output cap: what was generated is unknown,
+      answer that came in part                   but no more tokens than the bytes the answer's head announced
 
 All but the first two are marked `estimated`. A piece of text counts as the larger of its tokens and its deltas: a
 server that sends a token at a time may cut where a tokenizer would not.
@@ -64,7 +64,7 @@ def _output(ask: Ask, admission: Admission, translator: Translator, ended: Ended
         return counted
     cap = admission.output_cap * ask.n
     if not ended.readable:
-        return max(counted, cap)
+        return max(counted, min(cap, ended.size) if ended.size else cap)
     if not ended.complete and not translator.finished:
         return max(counted, min(counted + ALLOWANCE * ask.n, cap))
     return counted

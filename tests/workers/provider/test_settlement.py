@@ -60,6 +60,8 @@ GOOD = '{"prompt_tokens":50,"completion_tokens":7,"prompt_tokens_details":{"cach
         (said(*[" a"] * 90), {"error": ERROR}, (PROMPT, 0, 100, True)),  # up to the cap
         (said(*[" a"] * 120), {"error": ERROR}, (PROMPT, 0, 120, True)),  # the cap was ignored
         (said(" a"), {"error": ERROR, "readable": False}, (PROMPT, 0, 100, True)),
+        (said(" a"), {"error": ERROR, "readable": False, "size": 40}, (PROMPT, 0, 40, True)),  # a token has a byte
+        (said(" a"), {"error": ERROR, "readable": False, "size": 900}, (PROMPT, 0, 100, True)),
         (said(*"hello"), {"error": ERROR, "complete": True}, (PROMPT, 0, 5, True)),  # deltas, not tokens
         (said(" a"), {"error": ERROR, "billed": False}, (0, 0, 0, False)),
     ],
