@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import secrets
 from typing import Any
 
 import orjson
@@ -597,3 +598,12 @@ async def test_a_hundred_and_fifty_mixed_requests_against_the_bill(valkey_url: s
             assert lines == {}
         assert exact > 60
         assert cut > 20
+
+
+async def test_a_key_made_a_moment_ago_is_asked_for(valkey_url: str) -> None:
+    """A notice may be lost: what our own copy does not know yet is looked up once (DESIGN 3)."""
+    async with running(valkey_url) as rig:
+        made = await rig.ctx.state.create_key(f"new-{secrets.token_hex(4)}")
+        assert rig.ctx.state.registry.lookup(made.tenant_id, made.key_id) is None
+        request = await rig.send(stream=False, tenant=made.tenant_id, key=made.key_id)
+        assert (await rig.answer(request)).end.summary.settled
