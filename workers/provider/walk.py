@@ -4,6 +4,7 @@ Every way out settles every call that was dispatched (D3): at the provider's usa
 """
 
 import asyncio
+import time
 from typing import TYPE_CHECKING, Final
 
 from msgspec import Struct
@@ -50,7 +51,8 @@ class Walk:
         self._provider = provider
         self._message = message
         self._at = provider.clock.now()
-        self._began = provider.loop.time()  # moved on by what the upstream took: what is left is our own work
+        # moved on by what the upstream took: what is left is our own work (uvloop's own clock steps by a millisecond)
+        self._began = time.perf_counter()
         self._left_at = self._began  # when the last upstream call began
         self._deadline = 0.0
         self._chain_until = 0.0
@@ -169,7 +171,7 @@ class Walk:
             return None
         ended = await self._call_upstream(target, translator)
         now = provider.loop.time()
-        self._began += now - self._left_at
+        self._began += time.perf_counter() - self._left_at
         if ended.outcome is not None:
             provider.outcomes.add(target.step.endpoint, ok=ended.outcome)
         paid = await self._charge(target, translator, ended)
@@ -195,7 +197,7 @@ class Walk:
             provider.loop, target.pool, translator, self._limits(), stream=ask.stream, out=self._write
         )  # fmt: skip
         self._exchange = exchange
-        self._left_at = provider.loop.time()
+        self._left_at = time.perf_counter()
         try:
             return await exchange.run(target.pool.origin.request(request.path, label, request.body))
         finally:
@@ -363,7 +365,7 @@ class Walk:
 
     def _hops(self) -> tuple[Hop, ...]:
         provider = self._provider
-        took = int((provider.loop.time() - self._began) * 1_000_000)
+        took = int((time.perf_counter() - self._began) * 1_000_000)
         return (*self._message.hops, Hop(provider.name, provider.instance, provider.pid, self._at, took))
 
 
