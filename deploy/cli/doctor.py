@@ -12,15 +12,18 @@ from deploy.cli import envfile
 from deploy.cli.confs import ENVELOPE
 from deploy.cli.http import get
 from deploy.cli.where import Where
-from shared.bus.base import BusUnavailable
 from shared.catalog import CatalogError
 from shared.catalog import load as load_catalog
 from shared.settings import SECRETS, Settings, SettingsError
 from shared.settings import load as load_settings
-from shared.state.base import StateUnavailable
 
 #: Python versions the lock file is made for.
 PYTHONS: Final = ((3, 11), (3, 13))
+
+#: Seconds a server has to answer the doctor.
+PATIENCE_S: Final = 2.0
+#: Script flags (allow-oom) came with 7.0.
+OLDEST_REDIS: Final = 7
 
 Check = dict[str, str]
 
@@ -125,14 +128,19 @@ def _short(body: bytes) -> str:
 
 
 async def _nats(where: Where, settings: Settings) -> list[Check]:
-    from shared.bus.nats import NatsBus  # noqa: PLC0415 - only the doctor's run needs it
+    """Asked with nats-py, not with our own client: a fault that only one of them has is then told apart."""
+    import nats  # noqa: PLC0415 - 0.26 s, and only the doctor's run needs it
+
+    async def quiet(_error: Exception) -> None:
+        """It is raised as well."""
 
     try:
-        bus = await NatsBus.connect(settings.nats_url, "hotpath-doctor")
-    except (BusUnavailable, ValueError) as exc:
-        return [_not_there("nats", str(exc), where, "NATS_URL")]
-    payload = bus.max_payload
-    await bus.close()
+        async with asyncio.timeout(PATIENCE_S):
+            client = await nats.connect(settings.nats_url, allow_reconnect=False, error_cb=quiet)
+            payload = client.max_payload
+            await client.close()
+    except (nats.errors.Error, OSError, TimeoutError, ValueError) as exc:
+        return [_not_there("nats", str(exc) or "does not answer", where, "NATS_URL")]
     need = settings.max_body_bytes + ENVELOPE
     if payload < need:
         do = f"raise max_payload to {need}, or lower MAX_BODY_BYTES"
@@ -159,20 +167,21 @@ def _not_there(name: str, why: str, where: Where, setting: str) -> Check:
 
 
 async def _redis(settings: Settings) -> list[Check]:
-    from shared.state.pipeline import Pipeline  # noqa: PLC0415 - only the doctor's run needs it
+    """Asked with redis-py, for the same reason."""
+    from redis.asyncio import Redis  # noqa: PLC0415 - 0.18 s, and only the doctor's run needs it
+    from redis.exceptions import RedisError  # noqa: PLC0415
 
-    pipeline = Pipeline(settings.redis_url)
+    client = Redis.from_url(settings.redis_url, socket_timeout=PATIENCE_S, socket_connect_timeout=PATIENCE_S)
     try:
-        await pipeline.connect()
-        config = {}
-        for name in ("maxmemory-policy", "appendonly"):
-            _, value = await pipeline.execute(b"CONFIG", b"GET", name, within=1.0)
-            config[name] = value.decode()
-    except (StateUnavailable, ValueError) as exc:
-        do = "`hotpath up` starts one; for your own set REDIS_URL, and let its user run CONFIG GET"
+        async with client:
+            version = str((await client.info("server"))["redis_version"])
+            config = {name: (await client.config_get(name))[name] for name in ("maxmemory-policy", "appendonly")}
+    except (RedisError, OSError, KeyError) as exc:
+        do = "`hotpath up` starts one; for your own set REDIS_URL, and let its user run INFO and CONFIG GET"
         return [_check("redis", "warn", str(exc), do)]
-    finally:
-        await pipeline.close()
+    if int(version.partition(".")[0]) < OLDEST_REDIS:
+        do = "run Redis 7 or newer, or Valkey: the ledger's scripts carry flags that older ones do not know"
+        return [_check("redis", "fail", f"version {version}", do)]
     checks = [_check("redis", "ok", "answers")]
     if config["maxmemory-policy"] != "noeviction":
         found = f"maxmemory-policy is {config['maxmemory-policy']}: budgets may be evicted"
