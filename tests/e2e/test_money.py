@@ -91,7 +91,7 @@ async def test_settled_is_the_bill(up: Up, sim: Sim, tenant: Callable[..., Any],
     lines = {line["request_id"]: line for line in await asyncio.to_thread(sim.bill)}
     assert lines.keys() <= booked.keys(), "the provider billed a call that the ledger does not know"
 
-    by_rid = {seen.rid: case for case, seen in tally.done if seen.rid}
+    by_rid = {seen.rid: (case, outcome(seen)) for case, seen in tally.done if seen.rid}
     ended = {seen.rid for _, seen in tally.done if seen.ended_well}
     for label, line in lines.items():
         rid = label.partition(".")[0]
@@ -105,12 +105,12 @@ async def test_settled_is_the_bill(up: Up, sim: Sim, tenant: Callable[..., Any],
     over = {label: (booked[label].cost - lines[label]["cost_nano_usd"]) // OUTPUT_NANO for label in billed}
     for label, tokens in over.items():
         assert tokens <= (IN_FLIGHT if lines[label]["stream"] else CAP), (booked[label], lines[label])
-    left = {seen.rid for _, seen in tally.done if seen.left}
-    off = [label for label, line in lines.items() if not line["complete"] or label.partition(".")[0] in left]
+    off = [label for label, line in lines.items() if not line["complete"] or label.partition(".")[0] not in ended]
     states = Counter(entry.state for entry in booked.values())
     print(f"{len(booked)} calls booked {dict(states)}, {len(lines)} billed, {len(estimated)} estimated")
     print(f"{len(off)} cut or left; tokens held above the bill: {dict(sorted(Counter(over.values()).items()))}")
-    assert set(estimated) <= set(off)
+    for label in set(estimated) - set(off):
+        raise AssertionError((booked[label], lines.get(label), by_rid.get(label.partition(".")[0])))
     assert 0 < len(estimated) <= REQUESTS / 4
     assert row["settled"] == sum(entry.cost for entry in booked.values())
     exact = [label for label in lines if not booked[label].estimated]
