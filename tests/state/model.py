@@ -89,7 +89,11 @@ class Model:
         self.sweep()
         entry = self.entries.get(rid)
         if entry and entry.state == "reserved":
+            denied = self._denies(amount - entry.amount)
+            if denied:
+                return denied
             entry.delivery = max(entry.delivery, delivery)
+            entry.amount = max(entry.amount, amount)
             return ("ok", entry.amount)
         if entry and entry.state == "called":
             last = entry.last

@@ -26,11 +26,24 @@ async def test_a_request_that_goes_well(money: Money) -> None:
 async def test_reserve_again_holds_once(money: Money) -> None:
     """Idempotent: the same or a later delivery gets the held amount back."""
     rid = new_rid()
-    for delivery, amount in ((1, 100), (1, 100), (3, 250), (2, 100)):
+    for delivery, amount in ((1, 100), (1, 100), (3, 50), (2, 100)):
         assert await money.reserve(rid, delivery, amount) == Reserved(status="ok", amount=100)
     await money.dispatch(rid)
-    assert await money.reserve(rid, 4, 100) == Reserved(status="ok", amount=100)
+    assert await money.reserve(rid, 4, 250) == Reserved(status="ok", amount=100)
     assert await money.held() == (0, 100, 0)
+
+
+async def test_reserve_again_with_more_holds_the_rest(money: Money) -> None:
+    """I2: whichever delivery wins the dispatch finds at least its own amount held; what does not fit is denied."""
+    await money.limit("day", 300)
+    rid = new_rid()
+    await money.reserve(rid, 1, 0)  # a free model
+    assert await money.reserve(rid, 2, 250) == Reserved(status="ok", amount=250)
+    assert await money.reserve(rid, 1, 301) == Reserved(status="denied", left=50)
+    assert await money.held() == (0, 250, 0)
+    await money.dispatch(rid)
+    await money.settle(rid, cost=250)
+    assert await money.held() == (250, 0, 0)
 
 
 async def test_reserve_is_denied_at_the_limit_and_says_what_is_left(money: Money) -> None:

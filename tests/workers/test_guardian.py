@@ -117,6 +117,24 @@ async def test_the_same_delivery_twice_holds_once(rig):
     assert first.admission.amount == second.admission.amount == await pending(rig, owner[0])
 
 
+async def test_a_delivery_after_a_settled_call_brings_its_own_amount(rig):
+    """I2: its holder died after settling. Nothing is held any more, and the further call opens with this amount."""
+    owner = await tenant(rig)
+    request = ask(*owner)
+    rig.to_role(admit(request))
+    first = decode_route(await rig.next_forwarded())
+    ledger, now = rig.ctx.state.ledger, rig.ctx.state.clock.now
+    dead: dict[str, Any] = {"tenant": owner[0], "rid": request.rid}
+    await ledger.dispatch(
+        **dead, delivery=1, instance="dead", lost="", amount=1, max_calls=3, not_after=now() + 500
+    )  # fmt: skip
+    await ledger.settle(**dead, call=1, cost=5)
+    assert await pending(rig, owner[0]) == 0
+    rig.to_role(admit(ask(*owner, rid=request.rid, delivery=2, lost="dead")))
+    second = decode_route(await rig.next_forwarded())
+    assert second.admission.amount == first.admission.amount > 0
+
+
 @pytest.mark.parametrize(
     ("fields", "status", "code"),
     [({"model": "nope"}, 404, "model_not_found"), ({"key": "unknown"}, 401, "invalid_api_key"),

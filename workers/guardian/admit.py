@@ -215,7 +215,8 @@ class Guardian:
             self._without_ledger(pending)
             return
         if answer.status == "ok":
-            self._forward(pending, amount=answer.amount, reserved=True, status=pending.admission.status)
+            # its own amount, not what is held: nothing may be held any more, and a further call opens with this (I2)
+            self._forward(pending, amount=pending.admission.amount, reserved=True, status=pending.admission.status)
         else:
             self._on_unreserved(pending, answer)
 

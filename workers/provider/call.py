@@ -56,6 +56,7 @@ class Provider:
     def __init__(self) -> None:
         self.capacity = 0
         self._walks: dict[Walk, asyncio.Task[None]] = {}
+        self._serving: set[tuple[str, str, int]] = set()  # tenant, rid and delivery of each walk
         self._behind: set[asyncio.Task[None]] = set()
         self._draining = False
         self._timers: list[asyncio.TimerHandle] = []
@@ -185,6 +186,12 @@ class Provider:
             self._refuse(message, errors.ShuttingDown() if self._draining else errors.Overloaded())
             return
         ask = message.ask
+        # The ledger gives one holder the same answer each time it asks: here each delivery is walked once, whatever
+        # stream number a repeated one names, or two upstream calls would be settled as one (I7).
+        key = (ask.tenant, ask.rid, ask.delivery)
+        if key in self._serving:
+            self._ignored.inc()
+            return
         walk = Walk(self, message)
         try:
             channel = self.mux.open(ask.reply, ask.delivery, walk.pause, walk.cancel)
@@ -195,6 +202,7 @@ class Provider:
             return  # the same delivery again: it is being served
         task = self.loop.create_task(walk.run(channel))
         self._walks[walk] = task
+        self._serving.add(key)
         task.add_done_callback(walk.done)
 
     def _refuse(self, message: Call, error: HotpathError) -> None:
@@ -207,6 +215,7 @@ class Provider:
     def ended(self, walk: Walk, task: "asyncio.Task[None]") -> None:
         """A walk's task is done."""
         del self._walks[walk]
+        self._serving.discard(walk.key)
         if not task.cancelled() and (error := task.exception()) is not None:
             self.log.error("a request failed", exc_info=error, extra={"requestId": walk.rid})
             walk.crashed()

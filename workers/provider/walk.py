@@ -90,6 +90,12 @@ class Walk:
         """The request id."""
         return self._message.ask.rid
 
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """Tenant, request id and delivery: no two walks of a process have the same."""
+        ask = self._message.ask
+        return ask.tenant, ask.rid, ask.delivery
+
     def done(self, task: "asyncio.Task[None]") -> None:
         """The task's callback. Channel and walk know each other: one lets go, so that no cycle is left to collect."""
         self._provider.ended(self, task)

@@ -1,7 +1,8 @@
 #!lua
 -- reserve(args=[rid, grace, tombstone, unconfirmed, delivery, amount, deadline, not_after], keys=[balances, entries, leases])
 --
--- Holds `amount` for the first call of a request, until deadline + grace. Keys and their types: _balances.lua.
+-- Holds `amount` for the first call of a request, until deadline + grace. Keys and their types: _balances.lua. A later
+-- delivery that needs more than is held (another body under the same rid, a price that rose) has the rest held too.
 -- Returns {'ok', held} | {'denied', left} | {'late'} | {'stale'} | {'refused'} | {'closed'}:
 --   ok       held now, or already: for an earlier delivery, or by an open call
 --   refused  this or a later delivery was voided
@@ -18,8 +19,14 @@ if entry and entry[STATE] ~= 'V' then
   local last = newest(entry)
   local held = (not last and entry[AMOUNT]) or (last[CALL_STATE] == 'D' and last[CALL_AMOUNT]) or nil
   if not held and (delivery <= entry[DELIVERY] or last[INSTANCE] == '') then return {'closed'} end
-  if delivery > entry[DELIVERY] then
-    entry[DELIVERY] = delivery
+  local more = not last and amount > held
+  if more then
+    local left = move(entry[DAY], 0, amount - held, 0, true)
+    if left then return {'denied', left} end
+    entry[AMOUNT], held = amount, amount
+  end
+  if more or delivery > entry[DELIVERY] then
+    entry[DELIVERY] = math.max(delivery, entry[DELIVERY])
     save(rid, entry, false)
   end
   return {'ok', held or 0}

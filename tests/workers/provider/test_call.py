@@ -7,11 +7,12 @@ from typing import Any
 
 import orjson
 import pytest
+from msgspec.structs import replace
 
 from shared.state.base import StateUnavailable
 from shared.wire import headers
 from shared.wire.errors import LedgerDown
-from shared.wire.messages import Accepted, Delta, Refused, Step
+from shared.wire.messages import Accepted, Admission, Call, Delta, Plan, Price, Refused, Step
 from tests.workers.provider.rig import running
 
 FAST, PACED = Step("sim", "sim-fast"), Step("sim", "sim-paced")
@@ -88,6 +89,21 @@ async def test_the_output_cap_is_in_the_upstream_request(valkey_url: str) -> Non
         answer = await rig.answer(request)
         assert answer.chunks()[-1]["choices"][0]["finish_reason"] == "length"
         assert answer.end.summary.output_tokens == 4
+
+
+async def test_a_delivery_repeated_under_another_stream_number_is_walked_once(valkey_url: str) -> None:
+    """I7: the holder asks the ledger for the same delivery and gets the same call, yet calls the upstream once."""
+    async with running(valkey_url) as rig:
+        await rig.fault({"delay_ms": 100})
+        first = await rig.send("[[sim chunks=3]]")
+        admission = Admission(
+            reserved=True, amount=1_000_000, estimate=0, input_tokens=100, output_cap=9, price=Price(1, 1, 1)
+        )
+        again = replace(first, reply=replace(first.reply, stream=first.reply.stream + 1000))
+        rig.publish(Call(ask=again, admission=admission, plan=Plan(steps=(FAST,), max_calls=3)))
+        await rig.answer(first)
+        assert len(await rig.bill(first.rid)) == len(await rig.entries(first.rid)) == 1
+        assert rig.provider.in_flight() == 0
 
 
 # ---- cuts: the drain makes the count complete (I1) -------------------------------------------------------------------
