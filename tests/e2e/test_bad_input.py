@@ -24,7 +24,7 @@ from tests.e2e.sim import Sim
 KNOWN = re.compile(
     r"hotpath\.v1\.(admit|outcome|notice\.(registry|circuit)|(guardian|routing|provider)\.[a-z0-9]+"
     r"|reply\.ingress\.[a-z0-9]+|control\.[a-z0-9]+|beat\.(ingress|guardian|routing|provider)\.[a-z0-9]+"
-    r"|inbox\.[a-z0-9]+\.[a-z0-9]+)\Z"
+    r"|inbox\.[a-z0-9]+(-alive)?\.[a-z0-9]+)\Z"
 )
 
 
