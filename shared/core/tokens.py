@@ -30,6 +30,14 @@ MARGIN_TOKENS: Final = 8
 IMAGE_TOKENS: Final = 12_000
 IMAGE_TOKENS_4O_MINI: Final = 48_169
 
+#: Objects and lists of a body that are counted elsewhere, or never put before a model. All others may be: the schema of
+#: a response_format is billed as input, as are vLLM's documents.
+_COUNTED: Final = frozenset(
+    ["messages", "tools", "functions", "metadata", "stop", "stream_options", "logit_bias", "modalities"]
+)
+_NESTED: Final = (dict, list)
+_COUNTED_OF_A_MESSAGE: Final = frozenset(["role", "content", "name", "tool_calls", "tool_call_id", "function_call"])
+
 #: Model families that still use cl100k (tiktoken/model.py, MODEL_PREFIX_TO_ENCODING); all newer ones use o200k.
 _CL100K: Final = ("gpt-4-", "gpt-3.5", "gpt-35-", "text-embedding-")
 
@@ -42,6 +50,7 @@ class Prompt(Struct, frozen=True, kw_only=True):
     tools: bytes  # compact JSON of tools and functions
     images: int
     opaque: int  # bytes of parts that are neither text nor image (audio, files)
+    beside: bytes  # JSON of what no formula counts but a provider may: response_format, fields of a server's own
 
 
 class PromptSize(Struct, frozen=True, kw_only=True):
@@ -105,6 +114,7 @@ def read_prompt(body: bytes) -> Prompt:
     """Collect what makes tokens from a body that `wire.openai.parse_chat` has checked."""
     fields = orjson.loads(body)
     texts: list[str] = []
+    beside = [orjson.dumps(value) for key, value in fields.items() if type(value) in _NESTED and key not in _COUNTED]
     fixed = PER_REPLY
     images = opaque = 0
     for message in fields["messages"]:
@@ -123,17 +133,20 @@ def read_prompt(body: bytes) -> Prompt:
                 else:
                     opaque += len(orjson.dumps(part))
         if len(message) > 2 or content is None:  # more than role and content
-            fixed += _read_rest(message, texts)
+            fixed += _read_rest(message, texts, beside)
     tools = b"".join(orjson.dumps(fields[key]) for key in ("tools", "functions") if fields.get(key))
-    return Prompt(texts=texts, fixed=fixed, tools=tools, images=images, opaque=opaque)
+    return Prompt(texts=texts, fixed=fixed, tools=tools, images=images, opaque=opaque, beside=b"".join(beside))
 
 
-def _read_rest(message: dict[str, Any], texts: list[str]) -> int:
-    """Name and called functions into `texts`; the framing tokens they add."""
+def _read_rest(message: dict[str, Any], texts: list[str], beside: list[bytes]) -> int:
+    """Name and called functions into `texts`, other calls and fields into `beside`; the framing tokens they add."""
+    beside.extend(orjson.dumps(message[key]) for key in message.keys() - _COUNTED_OF_A_MESSAGE)
     for call in message.get("tool_calls") or ():
         function = call.get("function")
         if function:
             texts += (function["name"], function["arguments"])
+        else:
+            beside.append(orjson.dumps(call))
     function = message.get("function_call")
     if function:
         texts += (function["name"], function["arguments"])
@@ -151,7 +164,12 @@ def _count(prompt: Prompt, encoding: Encoding) -> int:
 
 
 def _bound(prompt: Prompt, encoding: Encoding, image: int) -> int:
-    size = sum(len(text.encode()) for text in prompt.texts) + len(prompt.tools)
-    count = _count(prompt, encoding) if size <= EXACT_BYTES else prompt.fixed + size
+    size = sum(len(text.encode()) for text in prompt.texts) + len(prompt.tools) + len(prompt.beside)
+    if size <= EXACT_BYTES:
+        count = _count(prompt, encoding)
+        if prompt.beside:
+            count += count_text(prompt.beside.decode(), encoding)
+    else:
+        count = prompt.fixed + size
     margin = -(-count * MARGIN_PERCENT // 100) + MARGIN_TOKENS
     return count + margin + prompt.images * image + prompt.opaque

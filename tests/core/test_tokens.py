@@ -85,6 +85,29 @@ def test_images_and_other_parts_are_bounded():
     assert tokens.image_tokens("gpt-4o-mini-2024-07-18") > tokens.image_tokens("gpt-4o")
 
 
+@pytest.mark.parametrize("words", [50, 50_000])  # tokenized, and counted in bytes
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda text: body(HELLO, response_format={"type": "json_schema", "json_schema": {"name": "n", "schema": text}}),
+        lambda text: body(HELLO, documents=[text]),
+        lambda text: body({"role": "assistant", "content": "", "refusal": text}),
+        lambda text: body({"role": "assistant", "reasoning_content": text, "content": None}),
+        lambda text: body({"role": "assistant", "tool_calls": [{"type": "custom", "custom": {"input": text}}]}),
+    ],
+)  # fmt: skip
+def test_the_bound_covers_what_the_formula_does_not_count(build, words):
+    """D1: a provider bills a response_format's schema as input; other servers put fields of their own in the prompt."""
+    text = "lorem " * words
+    assert tokens.bound_prompt(build(text), "o200k") >= tokens.count_text(text, "o200k")
+    assert tokens.count_prompt(build(text), "o200k") < 30
+
+
+def test_fields_that_reach_no_model_are_not_reserved_for():
+    fields = {"metadata": {"k": "v" * 500}, "stop": ["x"] * 4, "logit_bias": {"5": 1}, "user": "u" * 500}
+    assert tokens.bound_prompt(body(HELLO, **fields), "o200k") == tokens.bound_prompt(body(HELLO), "o200k")
+
+
 def test_estimate_is_four_characters_a_token_and_the_tools():
     """S2-09."""
     assert tokens.estimate_prompt(9, 5) == 3 + 2
