@@ -91,3 +91,27 @@ async def test_an_own_stall_is_noticed_and_forgiven_to_others(caplog: pytest.Log
     await asyncio.sleep(0.15)
     assert pulse.stalls == 1
     pulse.stop()
+
+
+async def test_the_others_are_heard_before_work_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`acquaint` waits for every role that was named, for one beat at most, and not for who was heard before."""
+    monkeypatch.setattr(module, "ACQUAINT_S", 5)
+    bus = Broker().client("one")
+    pulse = Pulse({"routing": Roster("routing"), "provider": Roster("provider")})
+    await pulse.listen(bus)
+    waiting = asyncio.ensure_future(pulse.acquaint({"routing", "provider"}))
+    bus.publish(subjects.beat("routing", "r1"), encode(Beat(role="routing", instance="r1")))
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    bus.publish(subjects.beat("provider", "p1"), encode(Beat(role="provider", instance="p1")))
+    async with asyncio.timeout(1):
+        await waiting
+        await pulse.acquaint({"routing"})
+        await pulse.acquaint(set())
+
+
+async def test_nobody_is_waited_for_longer_than_a_beat(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ACQUAINT_S", 0.01)
+    pulse = Pulse({"routing": Roster("routing")})
+    async with asyncio.timeout(1):
+        await pulse.acquaint({"routing"})

@@ -355,9 +355,9 @@ async def test_names(up: Up, sim: Sim, watch: Watch, client: Client) -> None:
         if answer.status == 404:
             assert answer.error["code"] == "model_not_found"
     for name in NAMES:
-        headers = (b"X-Request-ID: " + name.replace("\r\n", " ").encode(),)
+        label = b"X-Request-ID: " + name.replace("\r\n", " ").encode()
         odd = body(model="none", user=name[:60], metadata={"k": name[:500]})
-        check_error(await exchange(up.url, post(key, odd, headers=headers)), {400, 404, 431})
+        check_error(await exchange(up.url, post(key, odd, headers=(label,))), {400, 404, 431})
     await check_nothing_happened(up, sim, watch, client)
 
 
@@ -378,8 +378,7 @@ async def test_tiny_chunks(up: Up, sim: Sim, watch: Watch, client: Client) -> No
     flood = asyncio.create_task(exchange(up.url, head + b"1\r\n \r\n" * 1_100_000 + b"0\r\n\r\n", within=30))
     took = []
     while not flood.done():
-        seen = await client.chat("[[sim chunks=1]]")
-        assert seen.ended_well
+        assert (seen := await client.chat("[[sim chunks=1]]")).ended_well
         took.append(seen.took)
         await asyncio.sleep(0.01)
     answer = await flood
