@@ -73,7 +73,7 @@ def _period(text: str) -> Period:
 
 
 def _limit(text: str) -> int | None:
-    if text in {"", "none"}:
+    if text == "none":  # never the empty text: a shell variable that is not set must not lift a limit
         return None
     try:
         return money.usd_to_nano(text)
@@ -139,8 +139,6 @@ def show_budget(where: Where, tenant: str) -> dict[str, Any]:
 
 def set_budget(where: Where, tenant: str, limit_usd: str, period: str) -> dict[str, Any]:
     """Set (or clear, with `none`) the limit; the budget afterwards."""
-    if not limit_usd:
-        raise ValueError("--limit-usd: an amount, or `none`")
     limit, wanted = _limit(limit_usd), _period(period)
 
     async def work(state: State) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def _act(data: str, json_out: bool, work: Callable[[Where], Any], text: Callable
 @keys.command("create")
 def keys_create(
     tenant: Annotated[str, typer.Option(help="The tenant the key belongs to; made if it is new.")],
-    limit_usd: Annotated[str, typer.Option(help="The tenant's limit in USD for --period.")] = "",
+    limit_usd: Annotated[str, typer.Option(help="The tenant's limit in USD for --period.")] = "none",
     period: Period = "month",
     synthetic: Annotated[
         bool, typer.Option("--synthetic", help="May publish requests over NATS (load tests).")

@@ -105,6 +105,8 @@ def test_budget(up: Up) -> None:
         (("budget", "set", "default", "--limit-usd", "9007200"), "."),
         (("keys", "create", "--tenant", "a b"), "a tenant's name"),
         (("keys", "create", "--tenant", "x", "--limit-usd", "-1"), "--limit-usd -1"),
+        (("keys", "create", "--tenant", "x", "--limit-usd", ""), "expected an amount"),
+        (("budget", "set", "default", "--limit-usd", ""), "expected an amount"),
         (("keys", "revoke", "aaaaaaaaaaaa"), "there is no key aaaaaaaaaaaa"),
         (("keys", "revoke", "../x"), "there is no key"),
         (("ledger", "show", "default", "xyz"), "32 hex digits"),
