@@ -385,7 +385,7 @@ async def test_tiny_chunks(up: Up, sim: Sim, watch: Watch, client: Client) -> No
     assert answer.status in {0, 400, 413}
     print(f"{len(took)} requests beside it, the slowest {1000 * max(took):.0f} ms")
     assert max(took) < 0.25
-    await asyncio.to_thread(sim.reset)
+    sim.reset()
     await check_nothing_happened(up, sim, watch, client)
 
 

@@ -1,4 +1,7 @@
-"""Acceptance 4: after a mixed load the ledger and the provider's own bill agree, call by call (I1, I3, D1..D3)."""
+"""Acceptance 4: after a mixed load the ledger and the provider's own bill agree, call by call (I1, I3, D1..D3).
+
+2,000 requests; HOTPATH_SOAK=1 makes it 20,000. `-s` shows progress and the counts per class.
+"""
 
 import asyncio
 import os
