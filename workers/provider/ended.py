@@ -37,7 +37,8 @@ class Ended(Struct, frozen=True, kw_only=True):
     """How it ended. `body`: a whole answer for the client. `outcome`: for the endpoint's circuit, None = says nothing.
 
     sent: the upstream may have seen the request. billed: it accepted it (or may have). complete: everything it wrote
-    was read. readable: and understood, so that counting it makes sense. size: bytes of a whole answer, as announced.
+    was read. readable: and understood, so that counting it makes sense. size: bytes of a whole answer that came in
+    part, as announced; 0 for what came whole and was no answer, whose size says nothing.
     """
 
     error: ErrorBody | None = None

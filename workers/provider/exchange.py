@@ -367,6 +367,7 @@ class Exchange:
     def _ended(self, *, complete: bool) -> Ended:
         failure = self._failure
         assert failure is not None
+        announced = content_length(self._headers) if self._mode in ("whole", "json") else 0
         return Ended(
             error=failure.error,
             cancelled=self._cancelled,
@@ -376,7 +377,7 @@ class Exchange:
             billed=True,
             complete=complete,
             readable=self._readable and (self._mode in ("sse", "other") or self._counts_whole(complete=complete)),
-            size=content_length(self._headers) if self._mode in ("whole", "json") else 0,
+            size=announced if self._bytes < announced else 0,
         )
 
     def _counts_whole(self, *, complete: bool) -> bool:

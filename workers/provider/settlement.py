@@ -8,7 +8,8 @@
     cut, not all was read (TLS, reset, drain     counted + ALLOWANCE a choice, at most up to the cap
       over)
     a 200 that could not be read, or a whole     prompt counted + the whole output cap: what was generated is unknown,
-      answer that came in part                   but no more tokens than the bytes the answer's head announced
+      answer that came in part                   but of an answer that came in part no more tokens than the bytes its
+                                                 head announced (an error in its place says nothing by its size)
 
 All but the first two are marked `estimated`. A piece of text counts as the larger of its tokens and its deltas: a
 server that sends a token at a time may cut where a tokenizer would not.

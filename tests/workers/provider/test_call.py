@@ -203,6 +203,22 @@ async def test_what_could_not_be_read_is_held_above_the_bill(valkey_url: str, fa
         assert entry.cost >= line["cost_nano_usd"]
 
 
+@pytest.mark.parametrize(
+    ("fault", "at_most"), [({"error_after": 1}, 4000), ({"malformed_after": 1}, 4000), ({"cut_after": 1}, 3000)]
+)
+async def test_a_whole_answer_that_was_none_is_held_above_the_bill(
+    valkey_url: str, fault: dict[str, Any], at_most: int
+) -> None:
+    """I1: an error of 150 bytes in place of 300 tokens; what came in part is bounded by what was announced."""
+    async with running(valkey_url) as rig:
+        await rig.fault(fault)
+        request = await rig.send("[[sim chunks=300]]", stream=False, cap=4000, max_calls=1)
+        assert (await rig.answer(request)).failed.error.status == 502
+        [line], [entry] = await rig.bill(request.rid), await rig.settled(request.rid)
+        assert entry.estimated
+        assert line["cost_nano_usd"] <= entry.cost <= line["input_tokens"] * 150 + at_most * 600
+
+
 @pytest.mark.parametrize("usage", ["missing", "null", "zero", "negative", "string", "huge"])
 @pytest.mark.parametrize("stream", [True, False])
 async def test_usage_that_cannot_be_believed_is_counted(valkey_url: str, usage: str, stream: bool) -> None:
