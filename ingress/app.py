@@ -18,7 +18,7 @@ from ingress.models import PREFIX, Models
 from ingress.protocol import Reply, Server
 from ingress.replies import Replies
 from ingress.wheel import Wheel
-from shared.service import Context
+from shared.service import BootError, Context
 from shared.settings import Settings
 from shared.wire import errors
 from shared.wire.messages import Cancel, Credit
@@ -152,13 +152,20 @@ class Ingress:
     # ---- listening and draining --------------------------------------------------------------------------------------
 
     async def _listen(self, settings: Settings) -> asyncio.Server:
-        """On the supervisor's socket if it handed one down, else on a port shared by SO_REUSEPORT (issue 2, 1)."""
+        """On the supervisor's socket if it handed one down, else on a port shared by SO_REUSEPORT (issue 2, 1).
+
+        Raises BootError.
+        """
         if settings.hotpath_listen_fd >= 0:
             sock = socket.socket(fileno=settings.hotpath_listen_fd)
         else:
             address = (settings.gateway_host, settings.gateway_port)
             family = socket.AF_INET6 if ":" in settings.gateway_host else socket.AF_INET
-            sock = socket.create_server(address, family=family, backlog=BACKLOG, reuse_port=True)
+            try:
+                sock = socket.create_server(address, family=family, backlog=BACKLOG, reuse_port=True)
+            except OSError as error:
+                where = f"{settings.gateway_host} port {settings.gateway_port}"
+                raise BootError(f"cannot listen on {where} ({error}); set GATEWAY_HOST, GATEWAY_PORT") from error
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         sock.setblocking(False)
         return await asyncio.get_running_loop().create_server(self._server, sock=sock, backlog=BACKLOG)

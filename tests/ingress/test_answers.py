@@ -2,13 +2,17 @@
 
 import asyncio
 import re
+import socket
 
 import aiohttp
 import pytest
 
+from ingress.app import Ingress
+from shared import settings as environment
+from shared.service import BootError
 from shared.wire.messages import Ask
 from tests.ingress.conftest import MakeWorld
-from tests.ingress.world import ADMIN, HEAD, KEY, PAYLOAD, SUMMARY, Worker, World, event
+from tests.ingress.world import ADMIN, ENV, HEAD, KEY, PAYLOAD, SUMMARY, Worker, World, event
 
 CHAT = "/v1/chat/completions"
 BODY = {"model": "sim-fast", "messages": [{"role": "user", "content": "hi"}]}
@@ -188,3 +192,12 @@ async def test_the_first_three_requests_log_their_stages(
     assert [vars(line)["requestId"] for line in lines] == ["r0", "r1", "r2"]
     stages = vars(lines[0])["stages_ms"]
     assert list(stages) == ["auth", "read", "parse", "validate", "hand over", "first text", "end"]
+
+
+async def test_a_port_that_is_taken_is_said_in_one_line() -> None:
+    """Boot failures say what to do, without a traceback."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        settings = environment.load({**ENV, "GATEWAY_PORT": str(port)})
+        with pytest.raises(BootError, match=rf"cannot listen on 127.0.0.1 port {port} .*GATEWAY_PORT"):
+            await Ingress()._listen(settings)
