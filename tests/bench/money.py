@@ -21,7 +21,7 @@ from msgspec import Struct
 
 from deploy import servers
 from deploy.cli import where
-from shared.state.base import Level
+from shared.state.base import Level, StateUnavailable
 from shared.state.ledger import Entry
 from shared.state.redis import State
 from tests.bench.start import KEY
@@ -32,6 +32,7 @@ WHOLE: Final = 42 * 150 + 40 * 600
 STREAM: Final = 42 * 150 + 60 * 600
 #: The ledger forgets a settled call after ten minutes; a longer run's balance can only be compared one way.
 MAX_CALLS: Final = 10_000_000
+LOADING_S: Final = 60
 
 
 class Books(Struct, kw_only=True):
@@ -72,8 +73,20 @@ def audit(entries: list[Entry], levels: list[Level], *, whole: int = WHOLE, stre
     return Books(calls=calls, settled=settled, wrong=wrong)
 
 
+async def _connect(found: where.Where) -> State:
+    """Valkey accepts connections while it still loads what a run has left (a hundred thousand calls take seconds)."""
+    until = time.monotonic() + LOADING_S
+    while True:
+        try:
+            return await State.connect(found.settings())
+        except StateUnavailable as error:
+            if "LOADING" not in str(error) or time.monotonic() > until:
+                raise
+            await asyncio.sleep(0.2)
+
+
 async def _read(found: where.Where) -> tuple[list[Entry], list[Level]]:
-    state = await State.connect(found.settings())
+    state = await _connect(found)
     try:
         entries = await state.ledger.entries(tenant=TENANT, at_most=MAX_CALLS)
         return entries, await state.ledger.balances(tenant=TENANT)
