@@ -10,6 +10,9 @@ which it is open. Its state follows from them and from the clock:
 
 Whatever changes a circuit is in `TRANSITIONS`. One probe per fleet (S1-C2a) and sliding windows (S2-20) come later.
 Times are milliseconds of the shared clock.
+
+This table is the rule; it runs where the counts of all processes meet, as `state/lua/circuit.lua`, and
+tests/workers/test_routing.py holds that script to it, outcome by outcome.
 """
 
 from collections.abc import Callable, Iterable
