@@ -66,6 +66,7 @@ class Model(Struct, frozen=True, kw_only=True):
     price: Price
     encoding: tokens.Encoding
     owned_by: str
+    hidden_reasoning: bool  # bills output that it does not show: a cut call is charged for the time it ran
 
 
 class Catalog(Struct, frozen=True, kw_only=True):
@@ -105,6 +106,7 @@ class _ModelRow(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     max_output_tokens: Annotated[int, Meta(ge=1, le=1_000_000)]
     price: _PriceRow | str | None = None
     encoding: tokens.Encoding | None = None
+    hidden_reasoning: bool | None = None
     owned_by: Annotated[str, Meta(min_length=1, max_length=64)] | None = None
 
 
@@ -270,8 +272,16 @@ def _models(file: _File, endpoints: Mapping[str, Endpoint], errors: list[str]) -
                 price=price,
                 encoding=row.encoding or tokens.encoding_for(steps[0].model),
                 owned_by=row.owned_by or endpoints[steps[0].endpoint].provider,
+                hidden_reasoning=_hides(row, steps),
             )
     return models
+
+
+def _hides(row: _ModelRow, steps: tuple[Step, ...]) -> bool:
+    """The operator's word, else what the upstream names say."""
+    if row.hidden_reasoning is not None:
+        return row.hidden_reasoning
+    return any(tokens.hides_reasoning(step.model) for step in steps)
 
 
 def _price(row: _ModelRow, rows: Mapping[str, _EndpointRow]) -> Price:

@@ -49,6 +49,26 @@ def test_a_whole_catalogue():
 
 
 @pytest.mark.parametrize(
+    ("upstream", "said", "hides"),
+    [
+        ("gpt-4o", "", False),
+        ("o4-mini", "", True),
+        ("openai/gpt-5.2", "", True),
+        ("mine", "true", True),
+        ("o3", "false", False),
+    ],
+)
+def test_models_that_hide_their_reasoning(upstream: str, said: str, hides: bool) -> None:
+    """I1: a cut call of theirs is charged for more than was seen; the operator's word wins."""
+    line = f"\nhidden_reasoning = {said}" if said else ""
+    text = ENDPOINT + (
+        f'[[models]]\nname = "m"\nendpoints = [{{ endpoint = "main", model = "{upstream}" }}]\n'
+        f'max_output_tokens = 100\nprice = "free"{line}\n'
+    )
+    assert catalog.parse(text.encode(), {}, Path()).models["m"].hidden_reasoning is hides
+
+
+@pytest.mark.parametrize(
     ("text", "path"),
     [
         ("x = 1", "file"),

@@ -41,6 +41,11 @@ _COUNTED_OF_A_MESSAGE: Final = frozenset(["role", "content", "name", "tool_calls
 #: Model families that still use cl100k (tiktoken/model.py, MODEL_PREFIX_TO_ENCODING); all newer ones use o200k.
 _CL100K: Final = ("gpt-4-", "gpt-3.5", "gpt-35-", "text-embedding-")
 
+#: Model families whose reasoning is billed as output and never shown (platform.openai.com/docs/guides/reasoning).
+_HIDES_REASONING: Final = ("o1", "o3", "o4", "gpt-5")
+#: Hidden tokens a second, at most: a few times what those families are measured at.
+HIDDEN_PER_S: Final = 500
+
 
 class Prompt(Struct, frozen=True, kw_only=True):
     """What of a chat body makes tokens."""
@@ -64,6 +69,11 @@ def encoding_for(model: str) -> Encoding:
     """The table of an upstream model name; o200k for names it does not know."""
     name = model.rpartition("/")[2]
     return "cl100k" if name == "gpt-4" or name.startswith(_CL100K) else "o200k"
+
+
+def hides_reasoning(model: str) -> bool:
+    """Whether this upstream model bills output that it does not show."""
+    return model.rpartition("/")[2].startswith(_HIDES_REASONING)
 
 
 def image_tokens(model: str) -> int:

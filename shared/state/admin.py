@@ -65,7 +65,8 @@ class Admin:
     ) -> NewKey:
         """Make a key, and the tenant with it when the name is new. `limit` (nano-USD) is the tenant's, set when given.
 
-        Raises ValueError for a name, period or limit that cannot be.
+        Raises ValueError for a name, period or limit that cannot be, and for a real tenant to be made synthetic: its
+        money would be open to direct publishers.
         """
         if not TENANT_NAME.fullmatch(tenant_name):
             raise ValueError(f"a tenant's name is letters, digits, '.', '_' and '-', at most 64: {tenant_name[:80]!r}")
@@ -76,6 +77,8 @@ class Admin:
         key = KEY_PREFIX.decode() + made + "_" + secrets.token_urlsafe(32)
         now = await self._now()
         conf = keys.config(tenant)
+        if synthetic and await self._is_real(conf, tenant):
+            raise ValueError(f"{tenant_name} is a real tenant; make one of its own for load tests")
         stored = digest(self._pepper, key.encode()).hex()
         changes: list[tuple[bytes | str | int, ...]] = [
             (b"HSET", conf, "name", tenant_name, f"key:{made}", stored, f"made:{made}", now),
@@ -143,6 +146,10 @@ class Admin:
         await self._pipeline.execute(b"HSETNX", keys.REGISTRY_NAMES, name, _opaque(), within=_TIMEOUT)
         tenant = await self._pipeline.execute(b"HGET", keys.REGISTRY_NAMES, name, within=_TIMEOUT)
         return str(tenant.decode())
+
+    async def _is_real(self, conf: bytes, tenant: str) -> bool:
+        created, synthetic = await self._pipeline.execute(b"HMGET", conf, "created", "synthetic", within=_TIMEOUT)
+        return tenant == DEFAULT_TENANT or (created is not None and synthetic != b"1")
 
     async def _now(self) -> int:
         seconds, microseconds = await self._pipeline.execute(b"TIME", within=_TIMEOUT)

@@ -248,6 +248,10 @@ def _check_service_tier(key: str, value: Any) -> None:
         )
 
 
+def _check_prediction(key: str, value: Any) -> None:  # noqa: ARG001 - of one shape with the others
+    raise ClientError(f"{key} is not supported: rejected tokens are billed beyond the output cap", param=key)
+
+
 def _check_tools(key: str, value: Any) -> None:
     if type(value) is not list or len(value) > MAX_TOOLS:
         raise ClientError(f"{key} must be a list of at most {MAX_TOOLS} tools", param=key)
@@ -285,6 +289,7 @@ _CHECKS: Final[dict[str, Callable[[str, Any], None]]] = {
     "metadata": _check_metadata,
     "n": _integer(1, MAX_N),
     "parallel_tool_calls": _typed(bool, "a boolean"),
+    "prediction": _check_prediction,
     "presence_penalty": _number(-2, 2),
     "prompt_cache_key": _check_identifier,
     "response_format": _typed(dict, "an object"),
@@ -343,6 +348,8 @@ def _check_parts(index: int, parts: list[Any]) -> None:
             raise _wrong(index, f"{at}.text", "must be a string")
         if kind == "image_url":
             _check_image(index, at, part.get("image_url"))
+        if kind == "file" and type(part.get("file")) is dict and "file_id" in part["file"]:
+            raise _wrong(index, f"{at}.file.file_id", "is not supported: its size is not known here; send file_data")
 
 
 def _check_image(index: int, at: str, image: Any) -> None:

@@ -45,6 +45,17 @@ async def test_a_new_key_is_known_to_every_process(own_valkey: str, connect: Con
     assert (await Money(there, made.tenant_id).levels())["day"].limit == 5_000_000_000
 
 
+async def test_a_real_tenant_is_not_opened_to_direct_publishers(own_valkey: str, connect: Connect) -> None:
+    """A slip of the operator's must not open a customer's money to load tests."""
+    here = await connect(own_valkey)
+    await here.create_key("acme")
+    for name in ("acme", "default"):
+        with pytest.raises(ValueError, match="real tenant"):
+            await here.create_key(name, synthetic=True)
+    await here.create_key("load", synthetic=True)
+    await here.create_key("load", synthetic=True)
+
+
 async def test_a_key_made_a_moment_ago_is_fetched(own_valkey: str, connect: Connect) -> None:
     """S0-07: the lazy path, so that the first request after `hotpath keys create` is no 401."""
     here, there = await connect(own_valkey), await connect(own_valkey)

@@ -162,6 +162,8 @@ SHAPES: dict[str, bytes] = {
     "metadata list": body(metadata=[]),
     "stop number": body(stop=1),
     "priority tier": body(service_tier="priority"),
+    "prediction": body(prediction={"type": "content", "content": "x"}),
+    "stored file": body(messages=[{"role": "user", "content": [{"type": "file", "file": {"file_id": "file-1"}}]}]),
 }  # fmt: skip
 
 

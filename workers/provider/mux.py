@@ -42,6 +42,9 @@ MAX_BATCH: Final = 256 * 1024
 MAX_DELTA: Final = 32 * 1024
 #: A pair without streams is kept this long, for its offset: credits are absolute.
 KEEP_PAIR_S: Final = 600.0
+#: Pairs kept in all. Beyond it those of direct publishers that have no stream are forgotten first heard first: whoever
+#: may publish can name any instance as its own, and an ingress's offset must not be lost.
+MAX_PAIRS: Final = 4096
 
 _OVERHEAD: Final = 64  # bytes of a frame besides its data: an estimate, for MAX_BATCH
 _HEAD: Final = 512  # and of one with headers, an error or a summary
@@ -277,14 +280,22 @@ class Mux:
         """The channel of a delivery; None when it is open already (a repeated message). Raises BadSubject."""
         pair = self._pairs.get((reply.role, reply.instance))
         if pair is None:
-            pair = Pair(self, address(reply), self.loop.time())
-            self._pairs[reply.role, reply.instance] = pair
+            subject = address(reply)
+            self._make_room()
+            pair = self._pairs[reply.role, reply.instance] = Pair(self, subject, self.loop.time())
         pair.heard = self.loop.time()
         key = (reply.stream, delivery)
         if key in pair.channels:
             return None
         channel = pair.channels[key] = Channel(pair, key, on_pause, on_cancel)
         return channel
+
+    def _make_room(self) -> None:
+        if len(self._pairs) < MAX_PAIRS:
+            return
+        idle = [key for key, pair in self._pairs.items() if key[0] == "loadgen" and not pair.channels]
+        for key in idle[: max(1, MAX_PAIRS // 4)]:
+            del self._pairs[key]
 
     def find(self, role: str, instance: str, stream: int, delivery: int) -> Channel | None:
         """An open channel."""

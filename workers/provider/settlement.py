@@ -11,6 +11,7 @@
       answer that came in part                   but of an answer that came in part no more tokens than the bytes its
                                                  head announced (an error in its place says nothing by its size)
 
+All that is counted adds what a reasoning model may have billed and not shown in the time it ran, up to the cap.
 All but the first two are marked `estimated`. A piece of text counts as the larger of its tokens and its deltas: a
 server that sends a token at a time may cut where a tokenizer would not.
 """
@@ -46,14 +47,17 @@ class Charge(Struct, frozen=True):
 FREE: Final = Charge(0)
 
 
-def charge(ask: Ask, admission: Admission, translator: Translator, ended: Ended, encoding: tokens.Encoding) -> Charge:
-    """See the table above."""
+def charge(
+    ask: Ask, admission: Admission, translator: Translator, ended: Ended, encoding: tokens.Encoding, hidden: int = 0
+) -> Charge:
+    """See the table above. `hidden`: tokens a choice may have been billed for and not shown (reasoning)."""
     if not ended.billed:
         return FREE
     usage = translator.usage
     if usage is not None and translator.finished and (usage.completion or not translator.texts()):
         return _charge(admission, usage.prompt, usage.cached, usage.completion, estimated=False)
-    output = _output(ask, admission, translator, ended, encoding)
+    shown = _output(ask, admission, translator, ended, encoding)
+    output = max(shown, min(shown + hidden * ask.n, admission.output_cap * ask.n))
     return _charge(admission, tokens.count_prompt(ask.body, encoding), 0, output, estimated=True)
 
 

@@ -247,7 +247,9 @@ class Walk:
         message = self._message
         model = self._provider.catalog.models.get(message.ask.model)
         encoding = model.encoding if model is not None else tokens.encoding_for(target.step.model)
-        args = (message.ask, message.admission, translator, ended, encoding)
+        hides = model.hidden_reasoning if model is not None else tokens.hides_reasoning(target.step.model)
+        hidden = int((time.perf_counter() - self._left_at) * tokens.HIDDEN_PER_S) + 1 if hides else 0
+        args = (message.ask, message.admission, translator, ended, encoding, hidden)
         if ended.billed and not (translator.usage is not None and translator.finished):  # it will have to count
             size = len(message.ask.body) + sum(len(text) for text, _ in translator.texts())
             if size > COUNT_INLINE:

@@ -227,3 +227,24 @@ async def test_waiting_for_the_last_channel() -> None:
     channel.end(SUMMARY, ())
     await asyncio.wait_for(waiting, 1)
     await desk.mux.wait_closed(5)
+
+
+async def test_pairs_of_direct_publishers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever may publish can name any instance; an offset of an ingress and open streams are never forgotten."""
+    monkeypatch.setattr(mux_module, "MAX_PAIRS", 8)
+    desk = Desk()
+
+    def ask(role: str, instance: str) -> Channel | None:
+        return desk.mux.open(ReplyTo(role, instance, 1), 1, lambda _paused: None, lambda _reason: None)
+
+    ingress, busy = ask("ingress", "i1"), ask("loadgen", "busy")
+    assert ingress is not None
+    assert busy is not None
+    ingress.close()
+    for number in range(100):
+        channel = ask("loadgen", f"l{number}")
+        assert channel is not None
+        channel.close()
+    kept = desk.mux._pairs.keys()
+    assert len(kept) <= 8
+    assert {("ingress", "i1"), ("loadgen", "busy"), ("loadgen", "l99")} <= kept

@@ -73,6 +73,18 @@ def test_the_table(call: OpenAITranslator, ended: dict[str, Any], expected: tupl
     assert found == Charge(cost, prompt, cached, output, estimated)
 
 
+@pytest.mark.parametrize(("hidden", "output"), [(0, 2), (30, 32), (1000, 100)])
+def test_reasoning_that_was_not_shown_is_charged_by_the_time_it_ran(hidden: int, output: int) -> None:
+    """I1: what was billed and not shown cannot be counted; the cap bounds it. Usage, when there is any, is the bill."""
+    cut = Ended(error=ERROR, billed=True, complete=True)
+    found = settlement.charge(REQUEST, ADMISSION, said(" a", " b"), cut, "o200k", hidden)
+    assert (found.output_tokens, found.estimated) == (output, True)
+    ended_well = settlement.charge(
+        REQUEST, ADMISSION, said(" a", finish=True, usage=GOOD), Ended(billed=True), "o200k", hidden
+    )
+    assert (ended_well.output_tokens, ended_well.estimated) == (7, False)
+
+
 def test_head_and_payload() -> None:
     """D12, and the shape of D5's payload."""
     step = Step("main", "real")
