@@ -392,7 +392,7 @@ async def test_what_cannot_be_answered_is_dropped_and_counted(rig, caplog):
         rig.direct(payload)
     rig.direct(admit(direct(owner)))
     await rig.next_forwarded()
-    assert rig.role.unreadable == len(bad)
+    assert rig.role._refusals.unreadable == len(bad)
     assert rig.failed.empty()
     assert caplog.text.count("could not be read") == 1
 

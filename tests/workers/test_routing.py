@@ -141,7 +141,7 @@ async def test_garbage_is_dropped_and_counted(rig):
     rig.to_role(route(reply=ReplyTo("ingress", "y z", 1)))  # what it says about this one has nowhere to go
     rig.to_role(route())
     await rig.next_failed()
-    assert rig.role.unreadable == 4
+    assert rig.role._refusals.unreadable == 4
     assert rig.role._learner.lost == 3
 
 

@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Struct
 
 from shared.bus import replies
-from shared.bus.base import BadSubject, BusUnavailable, PayloadTooLarge, Subscription
+from shared.bus.base import BusUnavailable, PayloadTooLarge, Subscription
 from shared.bus.sender import NoLiveInstance
 from shared.core import tokens
 from shared.core.head import guardian_head
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 
 RESERVE_MS: Final = 100  # a reserve that runs later than this is refused by the ledger (DESIGN 4)
 SWEEP_S: Final = 1.0  # expired leases of idle tenants (I3: lease + 5 s)
-COMPLAIN_S: Final = 5.0  # at most one log line about unreadable messages in this time
 
 #: What a decoder may raise for bytes that are not ours; RecursionError for deep nesting in a field it skips.
 UNREADABLE: Final = (msgspec.MsgspecError, ValueError, RecursionError)
@@ -72,8 +71,6 @@ class Guardian:
 
     def __init__(self) -> None:
         self.capacity = 0
-        self.unreadable = 0
-        self._complained = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
         self._subscriptions: list[Subscription] = []
         self._sweeper: asyncio.Task[None] | None = None
@@ -95,6 +92,9 @@ class Guardian:
         self.capacity = ctx.settings.max_in_flight
         outcomes = ctx.metrics.counter("guardian_requests", "Requests by how the guardian ended them.", ("outcome",))
         self._count = outcomes.labels
+        self._refusals = replies.Refusals(
+            ctx.bus, self.name, ctx.instance, ctx.log, lambda code: outcomes.labels(code).inc()
+        )
         self._forwarded = outcomes.labels("forwarded")
         for encoding in {model.encoding for model in ctx.catalog.models.values()}:
             tokens.warm(encoding)
@@ -129,16 +129,16 @@ class Guardian:
         try:
             admit = decode_admit(payload)
         except UNREADABLE:
-            self._complain()
+            self._refusals.drop()
             return
         ask = admit.ask
         if direct and not envelope.is_sane(ask):
-            self._complain()
+            self._refusals.drop()
             return
         hops = envelope.sane_hops(admit.hops) if direct else admit.hops
         at = self._ctx.state.clock.now()
         if len(self._tasks) >= self.capacity:
-            self._fail(ask, Overloaded(), hops)
+            self._refusals.fail(ask, Overloaded(), hops)
             return
         task = self._loop.create_task(self._serve(ask, hops, at, began, direct=direct))
         self._tasks.add(task)
@@ -153,12 +153,12 @@ class Guardian:
             pending.hops, pending.began = hops, began
             await self._reserve(pending)
         except HotpathError as exc:
-            self._fail(ask, exc, hops)
+            self._refusals.fail(ask, exc, hops)
         except Exception:  # the process's door: one request must not take the others with it
             self._ctx.log.exception("a request failed", extra={"requestId": ask.label, "rid": ask.rid})
             if pending is not None:
                 self._voids.void(pending.ask)
-            self._fail(ask, HotpathError(), hops)
+            self._refusals.fail(ask, HotpathError(), hops)
 
     async def _find(self, ask: Ask) -> Principal:
         """A key made a moment ago, which the ingress knows already. Raises Unauthorized, RegistryDown."""
@@ -279,32 +279,14 @@ class Guardian:
     def _give_up(self, ask: Ask, admission: Admission, hops: tuple[Hop, ...], error: HotpathError) -> None:
         if admission.reserved:
             self._voids.void(ask)
-        self._fail(ask, error, hops, guardian_head(admission))
+        self._refusals.fail(ask, error, hops, guardian_head(admission))
 
     def _refuse(self, pending: _Pending, error: HotpathError) -> None:
         status = "degraded" if isinstance(error, LedgerDown) else pending.admission.status
         admission, hop = self._finish(pending, amount=0, reserved=False, status=status)
-        self._fail(pending.ask, error, (*pending.hops, hop), guardian_head(admission))
-
-    def _fail(self, ask: Ask, error: HotpathError, hops: tuple[Hop, ...], head: dict[str, str] | None = None) -> None:
-        self._count(error.code).inc()
-        try:
-            replies.fail(self._ctx.bus, self.name, self._ctx.instance, ask, error, head=head, hops=hops)
-        except BadSubject:
-            self._complain()
-        except (BusUnavailable, PayloadTooLarge):
-            pass  # the asker's own timers tell it
+        self._refusals.fail(pending.ask, error, (*pending.hops, hop), guardian_head(admission))
 
     # ---- beside ------------------------------------------------------------------------------------------------------
-
-    def _complain(self) -> None:
-        """Count a message that is not ours; say so now and then."""
-        self.unreadable += 1
-        self._count("unreadable").inc()
-        now = time.monotonic()
-        if now - self._complained >= COMPLAIN_S:
-            self._complained = now
-            self._ctx.log.warning("messages that could not be read were dropped", extra={"so_far": self.unreadable})
 
     async def _sweep(self) -> None:
         """Expire leases of tenants to which no request comes (I3); every guardian does, so one suffices (faults 20)."""

@@ -22,6 +22,7 @@ import msgspec
 from msgspec import Struct
 
 from shared.core import money, pricing, tokens
+from shared.core.head import guardian_head
 from shared.core.translators.base import Translator
 from shared.wire import headers
 from shared.wire.messages import Admission, Ask, Step
@@ -82,12 +83,7 @@ def _charge(admission: Admission, prompt: int, cached: int, output: int, *, esti
 
 def head(admission: Admission, step: Step | None, call: int, actual: int | None = None) -> dict[str, str]:
     """The X-BR headers; `actual` (nano-USD) on whole answers, whose cost is known before the head goes (D11)."""
-    found = {
-        headers.BR_GUARDIAN_STATUS: admission.status,
-        headers.BR_ESTIMATED_COST: money.show_usd(admission.estimate),
-        headers.BR_GUARDIAN_OVERHEAD: f"{admission.overhead_us / 1000:.1f}",
-        headers.BR_CALLS: str(call),
-    }
+    found = {**guardian_head(admission), headers.BR_CALLS: str(call)}
     if step is not None:
         found[headers.BR_ENDPOINT] = step.endpoint
     if actual is not None:

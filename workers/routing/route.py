@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from shared.bus import replies
-from shared.bus.base import BadSubject, BusUnavailable, PayloadTooLarge, Subscription
+from shared.bus.base import BusUnavailable, PayloadTooLarge, Subscription
 from shared.bus.sender import NoLiveInstance
 from shared.core.head import guardian_head
 from shared.core.plan import make_plan, soonest
@@ -23,8 +23,6 @@ from workers.routing.learn import Learner
 
 if TYPE_CHECKING:
     from shared.service import Context
-
-COMPLAIN_S: Final = 5.0  # at most one log line about unreadable messages in this time
 
 #: What a decoder may raise for bytes that are not ours; RecursionError for deep nesting in a field it skips.
 UNREADABLE: Final = (msgspec.MsgspecError, ValueError, RecursionError)
@@ -39,8 +37,6 @@ class Routing:
 
     def __init__(self) -> None:
         self.capacity = 0
-        self.unreadable = 0
-        self._complained = 0.0
         self._subscriptions: list[Subscription] = []
 
     def in_flight(self) -> int:
@@ -58,7 +54,9 @@ class Routing:
         self._learner = Learner(ctx)
         self.capacity = ctx.settings.max_in_flight
         outcomes = ctx.metrics.counter("routing_requests", "Requests by how routing ended them.", ("outcome",))
-        self._count = outcomes.labels
+        self._refusals = replies.Refusals(
+            ctx.bus, self.name, ctx.instance, ctx.log, lambda code: outcomes.labels(code).inc()
+        )
         self._forwarded = outcomes.labels("forwarded")
         await self._learner.start()
         self._subscriptions = [await ctx.bus.subscribe(subjects.worker(self.name, ctx.instance), self._on_route)]
@@ -76,7 +74,7 @@ class Routing:
         try:
             route = decode_route(payload)
         except UNREADABLE:
-            self._complain()
+            self._refusals.drop()
             return
         at = self._ctx.state.clock.now()
         try:
@@ -123,27 +121,4 @@ class Routing:
     def _give_up(self, route: Route, hops: tuple[Hop, ...], error: HotpathError) -> None:
         if route.admission.reserved:
             self._voids.void(route.ask)
-        self._count(error.code).inc()
-        try:
-            replies.fail(
-                self._ctx.bus,
-                self.name,
-                self._ctx.instance,
-                route.ask,
-                error,
-                head=guardian_head(route.admission),
-                hops=hops,
-            )
-        except BadSubject:
-            self._complain()
-        except (BusUnavailable, PayloadTooLarge):
-            pass  # the asker's own timers tell it
-
-    def _complain(self) -> None:
-        """Count a message that is not ours; say so now and then."""
-        self.unreadable += 1
-        self._count("unreadable").inc()
-        now = time.monotonic()
-        if now - self._complained >= COMPLAIN_S:
-            self._complained = now
-            self._ctx.log.warning("messages that could not be read were dropped", extra={"so_far": self.unreadable})
+        self._refusals.fail(route.ask, error, hops, guardian_head(route.admission))
