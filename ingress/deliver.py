@@ -19,6 +19,7 @@ from shared.bus.base import BusUnavailable, PayloadTooLarge
 from shared.bus.sender import NoLiveInstance, Sender
 from shared.core import stream
 from shared.core.stream import Deliver, Event, Fail, Finish, Limits, Stop, Stream, Write
+from shared.service.killat import reach, reach_soon
 from shared.wire import errors
 from shared.wire.messages import Admit, Ask, ErrorBody, Frame, Hop, encode
 
@@ -184,6 +185,7 @@ class Exchange:
             self.desk.handoff.observe(now - machine.sent_at)
 
     def _write(self, event: Write, now: float) -> None:
+        reach("ingress.mid_stream" if self.first_at else "ingress.first_delta")
         if not self.first_at:
             self.first_at = now
         self.sink.write(event.data, event.head, now)
@@ -213,6 +215,7 @@ class Exchange:
             case Stop(instance, delivery, reason):
                 self.desk.control.stop(instance, self.number, delivery, reason)
             case Finish(summary):
+                reach("ingress.before_terminal")
                 self.sink.finish(summary)
                 self._resolve(event)
             case Fail(error):
@@ -225,6 +228,7 @@ class Exchange:
         if delivery > 1:
             ask = self.ask = msgspec.structs.replace(ask, delivery=delivery, lost=lost)
         hop = Hop("ingress", desk.instance, desk.pid, desk.now_ms(), self.took_us)
+        reach("ingress.before_publish")
         try:
             guardian = desk.sender.send(
                 "guardian",
@@ -240,6 +244,7 @@ class Exchange:
             self.undeliverable(delivery, errors.TooLarge())
         else:
             self.machine.sent(guardian)
+            reach_soon("ingress.after_publish")
 
     def moved(self, guardian: str) -> None:
         """Another guardian has the newest delivery."""

@@ -19,6 +19,7 @@ from shared.bus.sender import NoLiveInstance
 from shared.core import tokens
 from shared.core.head import guardian_head
 from shared.core.money import show_usd
+from shared.service.killat import reach, reach_soon
 from shared.state.base import Principal, Reserved, StateUnavailable
 from shared.state.voids import Voids
 from shared.wire import subjects
@@ -126,6 +127,7 @@ class Guardian:
 
     def _take(self, payload: bytes, *, direct: bool) -> None:
         began = time.perf_counter()
+        reach("guardian.on_message")
         try:
             admit = decode_admit(payload)
         except UNREADABLE:
@@ -201,6 +203,7 @@ class Guardian:
 
     async def _reserve(self, pending: _Pending) -> None:
         ask = pending.ask
+        reach("guardian.before_reserve")
         try:
             answer = await self._ctx.state.ledger.reserve(
                 tenant=ask.tenant,
@@ -214,6 +217,7 @@ class Guardian:
             self._voids.void(ask)  # it may have been applied all the same
             self._without_ledger(pending)
             return
+        reach("guardian.after_reserve")
         if answer.status == "ok":
             # its own amount, not what is held: nothing may be held any more, and a further call opens with this (I2)
             self._forward(pending, amount=pending.admission.amount, reserved=True, status=pending.admission.status)
@@ -275,6 +279,7 @@ class Guardian:
             give_up(BusDown())
         else:
             self._forwarded.inc()
+            reach_soon("guardian.after_forward")
 
     def _give_up(self, ask: Ask, admission: Admission, hops: tuple[Hop, ...], error: HotpathError) -> None:
         if admission.reserved:

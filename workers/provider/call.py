@@ -12,6 +12,7 @@ from shared.bus.replies import fail
 from shared.core import tokens
 from shared.core.translators import registry
 from shared.core.translators.base import Dialect
+from shared.service.killat import reach
 from shared.state.base import Clock, StateUnavailable
 from shared.state.voids import Voids
 from shared.wire import errors, subjects
@@ -155,6 +156,7 @@ class Provider:
     # ---- requests ----------------------------------------------------------------------------------------------------
 
     def _on_call(self, _subject: str, _reply: str, payload: bytes, _no_responders: bool) -> None:
+        reach("provider.on_message")
         try:
             message = decode_call(payload)
         except msgspec.DecodeError:

@@ -19,6 +19,7 @@ from typing import Final
 from shared.core import sse
 from shared.core.translators.base import Failure, Translator, UpstreamFailure
 from shared.core.translators.failures import MAX_BODY as MAX_ERROR_BODY
+from shared.service.killat import reach, reach_soon
 from shared.wire import errors
 from shared.wire.errors import HotpathError, UpstreamError
 from workers.provider.ended import Ended, Limits, content_length, failure_of, mode_of, refused, unsent
@@ -65,8 +66,7 @@ class Exchange:
         self._replaced = False
         self._replacing: asyncio.Task[None] | None = None
         self._parser = sse.Parser()
-        # mode_of's; error: a status other than 200
-        self._mode = "sse" if stream else "whole"
+        self._mode = "sse" if stream else "whole"  # mode_of's; error: a status other than 200
         self._whole = b""
         self._error_status = 0
         self._headers: Mapping[str, str] = {}
@@ -122,14 +122,14 @@ class Exchange:
         if self._paused:
             connection.pause(paused=True)
         connection.send(self._request, self)
+        reach_soon("provider.after_send")
         self._arm()
 
     def cancel(self) -> None:
         """Nobody wants the answer."""
-        if self._phase in (DRAIN, OVER):
-            self._cancelled = True
-            return
         self._cancelled = True
+        if self._phase in (DRAIN, OVER):
+            return
         if self._phase == DIAL:
             if self._dialling is not None:
                 self._dialling.cancel()
@@ -192,6 +192,7 @@ class Exchange:
 
     def on_head(self, status: int, headers: Mapping[str, str]) -> None:
         """Status, encoding and type decide how the body is read."""
+        reach("provider.after_head")
         if self._phase == SENT:
             self._phase = BODY
         self._last_event = self._loop.time()

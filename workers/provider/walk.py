@@ -11,6 +11,7 @@ from msgspec import Struct
 
 from shared.core import tokens
 from shared.core.translators.base import Translator
+from shared.service.killat import reach, reach_soon
 from shared.state.base import Dispatched, StateUnavailable
 from shared.wire import errors
 from shared.wire import headers as names
@@ -117,11 +118,10 @@ class Walk:
         """From the message to the terminal. Never raises but CancelledError."""
         provider, ask = self._provider, self._message.ask
         self._channel = channel
-        settings = provider.settings
         now = provider.loop.time()
-        left = ask.deadline - provider.clock.now() if ask.deadline else settings.timeout_ms
+        left = ask.deadline - provider.clock.now() if ask.deadline else provider.settings.timeout_ms
         self._deadline = now + left / 1000
-        self._chain_until = min(self._deadline, now + settings.fallback_chain_timeout_ms / 1000)
+        self._chain_until = min(self._deadline, now + provider.settings.fallback_chain_timeout_ms / 1000)
         target = self._next_target()
         if target is None:
             self._fail(errors.NoWorker("No endpoint of this model is usable here.").body())
@@ -130,17 +130,18 @@ class Walk:
         if not await self._dispatch():
             return
         channel.accepted(provider.instance, self.call if self._message.admission.reserved else 0)
+        reach_soon("provider.after_accepted")
         while target is not None:
             target = await self._one_call(target)
 
     async def _dispatch(self) -> bool:
         """Win the first call. False: the answer was given."""
-        message = self._message
-        ask = message.ask
+        message, ask = self._message, self._message.ask
         if not message.admission.reserved:
             self.call = 1
             return True
         ledger, clock = self._provider.ledger, self._provider.clock
+        reach("provider.before_dispatch")
         answer: Dispatched | None = None
         for _ in range(2):  # a dispatch without a reply is asked again once
             try:
@@ -153,6 +154,7 @@ class Walk:
                 continue
             break
         if answer is not None and answer.status == "won":
+            reach("provider.after_dispatch")
             self.call = answer.call
             return True
         assert self._channel is not None
@@ -235,6 +237,7 @@ class Walk:
         channel = self._channel
         if channel is None:
             return
+        reach_soon("provider.mid_stream" if self._head_sent else "provider.after_delta")
         if self._head_sent:
             channel.write(data)
         else:
@@ -261,6 +264,7 @@ class Walk:
         ask, admission = self._message.ask, self._message.admission
         if admission.reserved and paid.cost > admission.amount:
             self._provider.overrun(self._message, self.call, paid.cost)
+        reach("provider.before_settle")
         try:
             await self._provider.ledger.settle(
                 tenant=ask.tenant, rid=ask.rid, call=self.call, cost=paid.cost, estimated=paid.estimated
@@ -268,6 +272,7 @@ class Walk:
         except StateUnavailable:
             self._provider.late_settle(self._message, self.call, paid.cost, paid.estimated)
             return False
+        reach("provider.after_settle")
         return True
 
     # ---- a further call ----------------------------------------------------------------------------------------------
@@ -321,8 +326,8 @@ class Walk:
 
     async def _top_up(self) -> bool:
         """Open call n+1 with its own amount; denied: stop."""
-        message = self._message
-        ask = message.ask
+        message, ask = self._message, self._message.ask
+        reach("provider.before_topup")
         for _ in range(2):
             try:
                 answer = await self._provider.ledger.topup(
@@ -333,6 +338,7 @@ class Walk:
             except StateUnavailable:
                 continue
             if answer.status == "won":
+                reach("provider.after_topup")
                 self.call = answer.call
             return answer.status == "won"
         self._provider.void_doubt(message, self.call + 1)
@@ -365,6 +371,7 @@ class Walk:
         )
         self._provider.count(step.endpoint, ended)
         self._channel.end(summary, self._hops())
+        reach_soon("provider.after_end")
 
     def _fail(self, error: ErrorBody) -> None:
         if self._channel is not None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from shared.bus.base import BusUnavailable, Subscription
+from shared.service.killat import reach
 from shared.state.base import StateUnavailable
 from shared.wire import subjects
 from shared.wire.messages import Outcomes, decode_outcomes
@@ -91,6 +92,7 @@ class Learner:
 
     async def _record(self, endpoint: str, outcomes: list[bool]) -> None:
         circuits = self._ctx.state.circuits
+        reach("routing.before_record")
         try:
             changed = await circuits.record(endpoint, outcomes)
         except StateUnavailable:

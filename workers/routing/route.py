@@ -15,6 +15,7 @@ from shared.bus.base import BusUnavailable, PayloadTooLarge, Subscription
 from shared.bus.sender import NoLiveInstance
 from shared.core.head import guardian_head
 from shared.core.plan import make_plan, soonest
+from shared.service.killat import reach, reach_soon
 from shared.state.voids import Voids
 from shared.wire import subjects
 from shared.wire.errors import BusDown, CircuitOpen, HotpathError, ModelNotFound, NoWorker, TooLarge, quote
@@ -71,6 +72,7 @@ class Routing:
 
     def _on_route(self, _subject: str, _reply: str, payload: bytes, _no_responders: bool) -> None:
         began = time.perf_counter()
+        reach("routing.on_message")
         try:
             route = decode_route(payload)
         except UNREADABLE:
@@ -117,6 +119,7 @@ class Routing:
             self._give_up(route, hops, BusDown())
         else:
             self._forwarded.inc()
+            reach_soon("routing.after_forward")
 
     def _give_up(self, route: Route, hops: tuple[Hop, ...], error: HotpathError) -> None:
         if route.admission.reserved:
