@@ -55,7 +55,10 @@ class Ingress:
         self._ctx = ctx
         self._tally = observe.Tally()
         self._traces = observe.Traces()
-        self._door = door = Door(max_in_flight=settings.max_in_flight, tally=self._tally)
+        self._door = door = Door(
+            max_in_flight=settings.max_in_flight, per_tenant=settings.max_in_flight_per_tenant, tally=self._tally
+        )
+        ctx.metrics.show_queue(self.name, door.queue)
         self._desk = self._make_desk(ctx)
         self._replies = Replies(ctx.bus, ctx.instance, ctx.rosters, self._desk)
         self._desk.control = self._replies
@@ -65,7 +68,11 @@ class Ingress:
         self._add_metrics(ctx)
         await self._replies.start()
         self._server = Server(
-            door, refuse=door.refuse, max_connections=settings.max_connections, log=logging.getLogger("hotpath.ingress")
+            door,
+            refuse=door.refuse,
+            read=door.queue.read,
+            max_connections=settings.max_connections,
+            log=logging.getLogger("hotpath.ingress"),
         )
         self._listener = await self._listen(settings)
         self.port = self._listener.sockets[0].getsockname()[1]

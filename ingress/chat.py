@@ -66,6 +66,7 @@ class Chat:
         visit.stages = self._cold.stages()
         request = visit.request
         principal = await self._auth.tenant(request, visit.label)
+        visit.door.share(visit, principal.tenant)
         visit.stage("auth")
         self._check_type(request)
         body = await self._read(visit)

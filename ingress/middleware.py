@@ -9,7 +9,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable
 from email.utils import formatdate
-from typing import Final
+from typing import Final, cast
 
 from aiohttp import web
 from aiohttp.http import HttpVersion11
@@ -17,7 +17,8 @@ from aiohttp.web_protocol import RequestPayloadError
 
 from ingress import render
 from ingress.observe import Tally
-from ingress.protocol import Reply
+from ingress.protocol import Connection, Reply
+from shared.core.overload import Queue, Shares
 from shared.wire import errors, headers
 from shared.wire.messages import ErrorBody
 
@@ -34,7 +35,8 @@ _NEVER: Final = frozenset({"TRACE", "CONNECT", "PRI"})
 class Visit:
     """One request on its way through the ingress."""
 
-    __slots__ = ("arrived", "door", "http10", "keep", "label", "path", "request", "rid", "route", "stages", "work")
+    __slots__ = ("arrived", "door", "http10", "keep", "label", "path", "request", "rid", "route", "stages", "tenant",
+                 "work")  # fmt: skip
 
     def __init__(self, door: "Door", request: web.BaseRequest) -> None:
         self.door = door
@@ -47,6 +49,7 @@ class Visit:
         self.http10 = request.version < HttpVersion11
         self.keep = request.keep_alive and not door.draining
         self.work = True  # counts as in flight
+        self.tenant = ""  # whose share it counts in
         self.stages: list[tuple[str, float]] | None = None  # of the first three requests (S0-03)
 
     def stage(self, name: str) -> None:
@@ -84,12 +87,14 @@ Route = Callable[[Visit], Awaitable[Reply]]
 class Door:
     """Calls the route of each request and turns whatever it raises into an answer."""
 
-    def __init__(self, *, max_in_flight: int, tally: Tally) -> None:
+    def __init__(self, *, max_in_flight: int, per_tenant: int, tally: Tally) -> None:
         self._routes: dict[str, dict[str, Route]] = {}
         self._prefixes: list[tuple[str, dict[str, Route], str]] = []
         self._names: dict[str, str] = {}
         self._public: set[str] = set()
         self._max = max_in_flight
+        self._shares = Shares(per_tenant)
+        self.queue = Queue()
         self._tally = tally
         self._date = ""
         self._date_at = 0.0
@@ -123,7 +128,7 @@ class Door:
         try:
             route = self._find(visit)
             if visit.work:
-                self._enter()
+                self._enter(visit)
                 entered = True
             reply = await route(visit)
         except errors.HotpathError as error:
@@ -136,7 +141,7 @@ class Door:
             raise
         finally:
             if entered:
-                self._leave()
+                self._leave(visit)
         self._tally.count(visit.route, reply.status, time.monotonic() - visit.arrived)
         return reply
 
@@ -153,6 +158,12 @@ class Door:
         return Reply(
             error.status, render.head(error.status, fields, self.date(), keep=False) + body, keep=False, linger=True
         )
+
+    def share(self, visit: Visit, tenant: str) -> None:
+        """The visit is this tenant's from now on. Raises TenantBusy."""
+        if not self._shares.take(tenant):
+            raise errors.TenantBusy
+        visit.tenant = tenant
 
     async def emptied(self) -> None:
         """Return once nothing is in flight."""
@@ -200,16 +211,20 @@ class Door:
         table = self._table(visit) if visit.path else None
         return ", ".join(sorted(table)) if table else ""
 
-    def _enter(self) -> None:
-        """Raises ShuttingDown (S1-H5b), Overloaded."""
+    def _enter(self, visit: Visit) -> None:
+        """Before anything of the request is looked at. Raises ShuttingDown (S1-H5b), Overloaded."""
         if self.draining:
             raise errors.ShuttingDown
-        if self.in_flight >= self._max:
+        connection = cast("Connection", visit.request.protocol)
+        since, connection.since = connection.since or visit.arrived, 0.0
+        if not self.queue.begin(since, visit.arrived) or self.in_flight >= self._max:
             raise errors.Overloaded
         self.in_flight += 1
 
-    def _leave(self) -> None:
+    def _leave(self, visit: Visit) -> None:
         self.in_flight -= 1
+        if visit.tenant:
+            self._shares.give(visit.tenant)
         if not self.in_flight and self._idle is not None and not self._idle.done():
             self._idle.set_result(None)
             self._idle = None

@@ -74,7 +74,7 @@ class Reply(web.StreamResponse):
 class Connection(RequestHandler):
     """One client connection."""
 
-    __slots__ = ("_discard", "_head_timer", "_progress", "_progress_at", "_server", "listener", "written")
+    __slots__ = ("_discard", "_head_timer", "_progress", "_progress_at", "_server", "listener", "since", "written")
 
     def __init__(self, server: "Server", **options: Any) -> None:
         super().__init__(server, **options)
@@ -83,6 +83,7 @@ class Connection(RequestHandler):
         self._head_timer: asyncio.TimerHandle | None = None
         self.listener: Drained | None = None
         self.written = 0  # bytes given to the transport
+        self.since = 0.0  # the earliest moment the next request can have come; 0: it waited behind another of its own
         self._progress = 0
         self._progress_at = 0.0
 
@@ -115,6 +116,8 @@ class Connection(RequestHandler):
         """Parse; while nothing is being handled, a head is incomplete and the clock runs."""
         if self._discard:
             return
+        if self._current_request is None:
+            self.since = self._server.read(self._loop.time())
         super().data_received(data)
         if self._messages:
             if self._head_timer is not None:
@@ -178,11 +181,12 @@ class Server(web.Server):
     """Makes connections, bounds them, sweeps the stalled ones."""
 
     def __init__(
-        self, handler: Handler, *, refuse: Callable[[errors.HotpathError], Reply], max_connections: int,
-        log: logging.Logger,
+        self, handler: Handler, *, refuse: Callable[[errors.HotpathError], Reply], read: Callable[[float], float],
+        max_connections: int, log: logging.Logger,
     ) -> None:  # fmt: skip
         super().__init__(handler, handler_cancellation=True)
         self._refuse = refuse
+        self.read = read  # Queue.read
         self._max = max_connections
         self._log = log
         self._sweeper = self._loop.call_later(SWEEP_S, self._sweep)

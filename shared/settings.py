@@ -65,7 +65,10 @@ class Settings(Struct, frozen=True, kw_only=True):
 
     max_body_bytes: Annotated[Bytes, Meta(description="Largest request body (D16b).")] = 1_048_576
     max_response_bytes: Annotated[Bytes, Meta(description="Largest answer (S1-R5).")] = 134_217_728
-    max_in_flight: Annotated[Count, Meta(description="Requests in flight in one process.")] = 2000
+    max_in_flight: Annotated[Count, Meta(description="Requests in flight in one process; above it 503.")] = 2500
+    max_in_flight_per_tenant: Annotated[
+        Count, Meta(description="Of them, one tenant's in one process; above it 429. Streams count until they end.")
+    ] = 2000
     max_connections: Annotated[Count, Meta(description="Client connections of one ingress process.")] = 12_000
 
     timeout_ms: Annotated[Timer, Meta(description="Total time of a whole answer.")] = 30_000

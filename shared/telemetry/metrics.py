@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
+from shared.core.overload import Queue
+
 if TYPE_CHECKING:
     from aiohttp import web
 
@@ -38,6 +40,13 @@ class Metrics:
     def gauge(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Gauge:
         """A number as it is now; `set_function` reads it when it is asked for, which costs the hot path nothing."""
         return Gauge(f"hotpath_{name}", text, labels, registry=self.registry)
+
+    def show_queue(self, role: str, queue: Queue) -> None:
+        """How long requests wait in a role's own queue, and how many it shed for that."""
+        wait = self.gauge(f"{role}_queue_wait_ms", "Longest wait of a request in this process since the last look")
+        wait.set_function(lambda: queue.worst() * 1000)
+        shed = self.gauge(f"{role}_queue_shed", "Requests shed since they waited too long in this process's queue")
+        shed.set_function(lambda: float(queue.shed))
 
     def histogram(
         self, name: str, text: str, labels: tuple[str, ...] = (), buckets: tuple[float, ...] = Histogram.DEFAULT_BUCKETS

@@ -159,12 +159,15 @@ class HeadersTooLarge(ClientError):
 
 
 class TenantBusy(ClientError):
-    """The tenant's own limit of requests in flight."""
+    """The tenant's own limit of requests in flight (faults 91). OpenAI's code: its clients wait and try again."""
 
     status = 429
     type = "rate_limit_error"
     code = "rate_limit_exceeded"
     message = "Too many requests in flight for this tenant."
+
+    def __init__(self, message: str = "", *, param: str | None = None, retry_after_ms: int = 1000) -> None:
+        super().__init__(message, param=param, retry_after_ms=retry_after_ms)
 
 
 # ---- the provider's --------------------------------------------------------------------------------------------------
@@ -298,10 +301,10 @@ class ShuttingDown(GatewayFault):
 
 
 class Overloaded(GatewayFault):
-    """In-flight bound of a process reached."""
+    """A process has as many requests as it takes, or they wait too long in its queue: this one was not begun."""
 
     code = "overloaded"
-    message = "The gateway is at its limit of requests in flight."
+    message = "The gateway has as many requests as it can serve; this one was not begun."
 
 
 class DeadlineExceeded(GatewayFault):

@@ -9,6 +9,7 @@ import pytest
 import uvloop
 
 from tests.ingress import test_answers as answers
+from tests.ingress import test_overload as overload
 from tests.ingress import test_refusals as refusals
 from tests.ingress import test_streams as streams
 from tests.ingress.world import KEY, World
@@ -18,6 +19,7 @@ AGAIN: list[Callable[..., Awaitable[None]]] = [
     answers.test_one_connection_carries_many_requests,
     answers.test_http_1_0_gets_a_stream_without_chunks,
     answers.test_a_large_whole_answer_in_many_deltas,
+    overload.test_a_queue_that_stands_is_shed,
     refusals.test_72_74_odd_keys,
     refusals.test_a_bad_chunk_half_way_answers_at_once,
     refusals.test_a_small_chunked_body_is_read,

@@ -470,26 +470,6 @@ async def test_a_request_larger_than_the_bus_takes(make_world: MakeWorld, http: 
 # ---- bounds
 
 
-async def test_the_in_flight_bound(make_world: MakeWorld, http: aiohttp.ClientSession) -> None:
-    """503 within 10 ms, and it costs nothing."""
-    world = await make_world(MAX_IN_FLIGHT="2")
-    world.deaf = True
-    waiting = [asyncio.ensure_future(http.post(world.url + CHAT, json=BODY)) for _ in range(2)]
-    asks = [await world.ask(), await world.ask()]
-    begun = time.monotonic()
-    async with http.post(world.url + CHAT, json=BODY) as answer:
-        assert answer.status == 503
-        assert (await error_of(answer))["code"] == "overloaded"
-    assert time.monotonic() - begun < 0.1
-    async with http.get(world.url + "/health") as answer:
-        assert answer.status == 200
-    for ask in asks:
-        world.script(ask, world.provider)
-    for request in waiting:
-        assert (await request).status == 200
-    assert world.ingress.in_flight() == 0
-
-
 async def test_the_connection_bound(make_world: MakeWorld) -> None:
     world = await make_world(MAX_CONNECTIONS="2")
     held = [await asyncio.open_connection("127.0.0.1", world.ingress.port) for _ in range(2)]

@@ -15,6 +15,7 @@ from shared import catalog, settings
 from shared.bus.memory import Broker, MemoryBus
 from shared.bus.roster import Roster
 from shared.bus.sender import Sender
+from shared.core.overload import Queue
 from shared.service import Context, Role
 from shared.state.base import StateUnavailable
 from shared.state.redis import State
@@ -147,6 +148,18 @@ def without_redis(rig: Rig) -> Away:
     voids = cast("Any", rig.role)._voids
     voids._ledger, voids._sleep = away, lambda _seconds: asyncio.sleep(0)
     return away
+
+
+def standing() -> Queue:
+    """A process's queue in which everybody has waited too long for a while."""
+
+    class Standing(Queue):
+        def begin(self, since: float, now: float) -> bool:
+            self.shed += 1
+            assert 0 <= now - since < WAIT_S  # of one clock
+            return False
+
+    return Standing()
 
 
 def ask(tenant: str, key: str, **fields: Any) -> Ask:

@@ -12,10 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shared.core import pricing, tokens
+from shared.core.overload import Shares
 from shared.state.base import Reserved
 from shared.wire import headers
 from shared.wire.messages import Admit, Hop, ReplyTo, decode_admit, decode_route, encode
-from tests.workers.guardian_rig import Rig, admit, ask, running, without_redis
+from tests.workers.guardian_rig import Rig, admit, ask, running, standing, without_redis
 from workers.guardian import admit as admit_room
 from workers.guardian import envelope
 from workers.guardian.admit import Guardian
@@ -158,15 +159,50 @@ async def test_a_revoked_key_is_refused(rig):
 
 
 async def test_overloaded_at_once(rig):
-    """The bound of requests in flight: 503 with Retry-After, without a reservation."""
+    """The bound of requests in flight: 503 with Retry-After, without a reservation or a share."""
     owner = await tenant(rig)
     rig.role.capacity = 1
-    rig.to_role(admit(ask(*owner)))
-    rig.to_role(admit(ask(*owner)))
+    first, second = ask(*owner), ask(*owner)
+    rig.to_role(admit(first))
+    rig.to_role(admit(second))
     failed = await rig.next_failed()
     assert (failed.error.status, failed.error.code) == (503, "overloaded")
     assert failed.error.retry_after_ms > 0
     await rig.next_forwarded()
+    assert [entry.rid for entry in await rig.ctx.state.ledger.entries(tenant=owner[0])] == [first.rid]
+    assert (rig.role.in_flight(), len(rig.role._shares)) == (0, 0)
+
+
+@pytest.mark.parametrize("direct", [False, True])
+async def test_91_a_tenants_own_limit(rig, direct):
+    """429 for the hot tenant, without a reservation; another one is served beside it. Direct publishers too."""
+    hot, cool = await tenant(rig, None, synthetic=True), await tenant(rig, None, synthetic=True)
+    rig.role._shares = Shares(2)
+    send = rig.direct if direct else rig.to_role
+    reply = ReplyTo("loadgen" if direct else "ingress", "asker", 7)
+    asks = [ask(*owner, reply=reply) for owner in (hot, hot, hot, cool)]
+    for request in asks:
+        send(admit(request))
+    failed = await rig.next_failed()
+    assert (failed.error.status, failed.error.code) == (429, "rate_limit_exceeded")
+    assert failed.error.retry_after_ms > 0
+    assert {decode_route(await rig.next_forwarded()).ask.rid for _ in range(3)} == {
+        asks[n].rid for n in (0, 1, 3)
+    }  # fmt: skip
+    assert len(await rig.ctx.state.ledger.entries(tenant=hot[0])) == 2
+    assert len(rig.role._shares) == 0
+
+
+async def test_a_queue_that_stands_is_shed(rig):
+    """Issue 3: not begun late but refused, and nothing was reserved."""
+    owner = await tenant(rig)
+    rig.role._queue = standing()
+    rig.to_role(admit(ask(*owner)))
+    failed = await rig.next_failed()
+    assert (failed.error.status, failed.error.code) == (503, "overloaded")
+    assert failed.error.retry_after_ms > 0
+    assert await rig.ctx.state.ledger.entries(tenant=owner[0]) == []
+    assert (rig.role.in_flight(), len(rig.role._shares), rig.role._queue.shed) == (0, 0, 1)
 
 
 # ---- nobody behind ---------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from shared.core import circuit
 from shared.state.base import StateUnavailable
 from shared.wire import headers, subjects
 from shared.wire.messages import Admission, Hop, Outcome, Outcomes, Price, ReplyTo, Route, Step, decode_call, encode
-from tests.workers.guardian_rig import WAIT_S, Rig, ask, running, without_redis
+from tests.workers.guardian_rig import WAIT_S, Rig, ask, running, standing, without_redis
 from workers.routing import learn
 from workers.routing.route import Routing
 
@@ -48,6 +48,18 @@ async def end_calls(rig: Rig, *outcomes: Outcome) -> None:
     await asyncio.sleep(0)
     await asyncio.wait_for(rig.role._learner._idle.wait(), WAIT_S)  # type: ignore[attr-defined]
     await rig.ctx.state._poll()
+
+
+async def test_a_queue_that_stands_is_shed(rig):
+    """Issue 3: refused instead of planned late, and the reservation is given back."""
+    away = without_redis(rig)
+    rig.role._queue = standing()
+    rig.to_role(route())
+    failed = (await rig.next_failed()).error
+    assert (failed.status, failed.code) == (503, "overloaded")
+    assert failed.retry_after_ms > 0
+    assert set(away.calls) == {"void"}
+    assert rig.forwarded.empty()
 
 
 async def test_planned_and_forwarded(rig):

@@ -19,6 +19,7 @@ from shared.bus.sender import NoLiveInstance
 from shared.core import tokens
 from shared.core.head import guardian_head
 from shared.core.money import show_usd
+from shared.core.overload import Queue, Shares
 from shared.service.killat import reach, reach_soon
 from shared.state.base import Principal, Reserved, StateUnavailable
 from shared.state.voids import Voids
@@ -35,6 +36,7 @@ from shared.wire.errors import (
     NoWorker,
     Overloaded,
     RegistryDown,
+    TenantBusy,
     TooLarge,
     Unauthorized,
     quote,
@@ -91,6 +93,9 @@ class Guardian:
         self._voids = Voids(ctx.state.ledger)
         self._loop = asyncio.get_running_loop()
         self.capacity = ctx.settings.max_in_flight
+        self._queue = Queue()
+        self._shares = Shares(ctx.settings.max_in_flight_per_tenant)
+        ctx.metrics.show_queue(self.name, self._queue)
         outcomes = ctx.metrics.counter("guardian_requests", "Requests by how the guardian ended them.", ("outcome",))
         self._count = outcomes.labels
         self._refusals = replies.Refusals(
@@ -127,6 +132,7 @@ class Guardian:
 
     def _take(self, payload: bytes, *, direct: bool) -> None:
         began = time.perf_counter()
+        since = self._queue.read(self._loop.time())
         reach("guardian.on_message")
         try:
             admit = decode_admit(payload)
@@ -142,14 +148,22 @@ class Guardian:
         if len(self._tasks) >= self.capacity:
             self._refusals.fail(ask, Overloaded(), hops)
             return
-        task = self._loop.create_task(self._serve(ask, hops, at, began, direct=direct))
+        if not self._shares.take(ask.tenant):
+            self._refusals.fail(ask, TenantBusy(), hops)
+            return
+        task = self._loop.create_task(self._serve(ask, hops, at, began, since, direct=direct))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _serve(self, ask: Ask, hops: tuple[Hop, ...], at: int, began: float, *, direct: bool) -> None:
+    async def _serve(
+        self, ask: Ask, hops: tuple[Hop, ...], at: int, began: float, since: float, *, direct: bool
+    ) -> None:
         """One request, whatever becomes of it."""
         pending = None
         try:
+            if not self._queue.begin(since, time.monotonic()):
+                self._refusals.fail(ask, Overloaded(), hops)
+                return
             principal = self._ctx.state.registry.lookup(ask.tenant, ask.key) or await self._find(ask)
             pending = self._decide(ask, principal, at, direct=direct)
             pending.hops, pending.began = hops, began
@@ -161,6 +175,8 @@ class Guardian:
             if pending is not None:
                 self._voids.void(pending.ask)
             self._refusals.fail(ask, HotpathError(), hops)
+        finally:
+            self._shares.give(ask.tenant)
 
     async def _find(self, ask: Ask) -> Principal:
         """A key made a moment ago, which the ingress knows already. Raises Unauthorized, RegistryDown."""

@@ -1,6 +1,7 @@
 """Takes requests from `hotpath.v1.provider.<instance>`: checks them, starts a Walk for each, drains at the end."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final
 
@@ -10,6 +11,7 @@ from msgspec import Struct
 from shared.bus.base import BadSubject, BusUnavailable, PayloadTooLarge, Subscription
 from shared.bus.replies import fail
 from shared.core import tokens
+from shared.core.overload import Queue, Shares
 from shared.core.translators import registry
 from shared.core.translators.base import Dialect
 from shared.service.killat import reach
@@ -20,7 +22,7 @@ from shared.wire.errors import HotpathError
 from shared.wire.messages import Call, Cancel, Credit, Step, decode_call
 from workers.provider.control import Control
 from workers.provider.ended import Ended
-from workers.provider.mux import Mux
+from workers.provider.mux import Channel, Mux
 from workers.provider.outcomes import OutcomeLog
 from workers.provider.upstream import Origin, Pool
 from workers.provider.walk import Walk
@@ -79,6 +81,9 @@ class Provider:
         self.clock: Clock = ctx.state.clock
         self.instance, self.pid, self.log = ctx.instance, ctx.pid, ctx.log
         self.capacity = ctx.settings.max_in_flight
+        self.queue = Queue()
+        self._shares = Shares(ctx.settings.max_in_flight_per_tenant)
+        ctx.metrics.show_queue(self.name, self.queue)
         self._bus = ctx.bus
         self._voids = Voids(ctx.state.ledger)
         self.mux = Mux(ctx.bus, self.name, ctx.instance, self.loop, ctx.settings.reply_mux_ms / 1000)
@@ -162,13 +167,14 @@ class Provider:
         except msgspec.DecodeError:
             self._ignored.inc()
             return
+        since = self.queue.read(self.loop.time())
         ask = message.ask
         if self.state.registry.lookup(ask.tenant, ask.key) is None:
             task = self.loop.create_task(self._check(message))
             self._behind.add(task)
             task.add_done_callback(self._behind.discard)
         else:
-            self._take(message)
+            self._take(message, since)
 
     async def _check(self, message: Call) -> None:
         """Our own copy does not know the key (DESIGN 3): one made a moment ago is asked for."""
@@ -181,9 +187,9 @@ class Provider:
         if known is None:
             self._refuse(message, errors.Unauthorized())
         else:
-            self._take(message)
+            self._take(message, time.monotonic())
 
-    def _take(self, message: Call) -> None:
+    def _take(self, message: Call, since: float) -> None:
         if self._draining or len(self._walks) >= self.capacity:
             self._refuse(message, errors.ShuttingDown() if self._draining else errors.Overloaded())
             return
@@ -194,18 +200,29 @@ class Provider:
         if key in self._serving:
             self._ignored.inc()
             return
+        if not self._shares.take(ask.tenant):
+            self._refuse(message, errors.TenantBusy())
+            return
         walk = Walk(self, message)
         try:
             channel = self.mux.open(ask.reply, ask.delivery, walk.pause, walk.cancel)
         except BadSubject:
             self._ignored.inc()
+            channel = None
+        if channel is None:  # or the same delivery again: it is being served
+            self._shares.give(ask.tenant)
             return
-        if channel is None:
-            return  # the same delivery again: it is being served
-        task = self.loop.create_task(walk.run(channel))
+        task = self.loop.create_task(self._begin(walk, channel, message, since))
         self._walks[walk] = task
         self._serving.add(key)
         task.add_done_callback(walk.done)
+
+    async def _begin(self, walk: Walk, channel: Channel, message: Call, since: float) -> None:
+        if self.queue.begin(since, time.monotonic()):
+            await walk.run(channel)
+        else:
+            channel.failed(errors.Overloaded().body(), None, message.hops)
+            self.void(message)
 
     def _refuse(self, message: Call, error: HotpathError) -> None:
         try:
@@ -218,6 +235,7 @@ class Provider:
         """A walk's task is done."""
         del self._walks[walk]
         self._serving.discard(walk.key)
+        self._shares.give(walk.key[0])
         if not task.cancelled() and (error := task.exception()) is not None:
             self.log.error("a request failed", exc_info=error, extra={"requestId": walk.rid})
             walk.crashed()

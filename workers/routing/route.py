@@ -4,6 +4,7 @@ Nothing is awaited and no task is made: circuits are read locally (S2-05). What 
 Failed frame, and the reservation is given back.
 """
 
+import asyncio
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -14,11 +15,12 @@ from shared.bus import replies
 from shared.bus.base import BusUnavailable, PayloadTooLarge, Subscription
 from shared.bus.sender import NoLiveInstance
 from shared.core.head import guardian_head
+from shared.core.overload import Queue
 from shared.core.plan import make_plan, soonest
 from shared.service.killat import reach, reach_soon
 from shared.state.voids import Voids
 from shared.wire import subjects
-from shared.wire.errors import BusDown, CircuitOpen, HotpathError, ModelNotFound, NoWorker, TooLarge, quote
+from shared.wire.errors import BusDown, CircuitOpen, HotpathError, ModelNotFound, NoWorker, Overloaded, TooLarge, quote
 from shared.wire.messages import Call, Cancel, Credit, Hop, Plan, Route, decode_route, encode
 from workers.routing.learn import Learner
 
@@ -54,6 +56,9 @@ class Routing:
         self._max_retries = ctx.settings.routing_max_retries
         self._learner = Learner(ctx)
         self.capacity = ctx.settings.max_in_flight
+        self._loop = asyncio.get_running_loop()
+        self._queue = Queue()
+        ctx.metrics.show_queue(self.name, self._queue)
         outcomes = ctx.metrics.counter("routing_requests", "Requests by how routing ended them.", ("outcome",))
         self._refusals = replies.Refusals(
             ctx.bus, self.name, ctx.instance, ctx.log, lambda code: outcomes.labels(code).inc()
@@ -72,6 +77,7 @@ class Routing:
 
     def _on_route(self, _subject: str, _reply: str, payload: bytes, _no_responders: bool) -> None:
         began = time.perf_counter()
+        since = self._queue.read(self._loop.time())
         reach("routing.on_message")
         try:
             route = decode_route(payload)
@@ -80,6 +86,8 @@ class Routing:
             return
         at = self._ctx.state.clock.now()
         try:
+            if not self._queue.begin(since, time.monotonic()):
+                raise Overloaded
             plan = self._plan(route, at)
         except HotpathError as exc:
             self._give_up(route, self._hops(route, at, began), exc)

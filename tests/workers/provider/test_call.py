@@ -13,6 +13,7 @@ from shared.state.base import StateUnavailable
 from shared.wire import headers
 from shared.wire.errors import LedgerDown
 from shared.wire.messages import Accepted, Admission, Call, Delta, Plan, Price, Refused, Step
+from tests.workers.guardian_rig import standing
 from tests.workers.provider.rig import running
 
 FAST, PACED = Step("sim", "sim-fast"), Step("sim", "sim-paced")
@@ -460,6 +461,8 @@ async def test_an_unreserved_call_is_not_fenced_but_billed(valkey_url: str) -> N
     [
         ({"tenant": "nobody"}, {}, "invalid_api_key"),
         ({}, {"MAX_IN_FLIGHT": "1"}, "overloaded"),
+        ({}, {"MAX_IN_FLIGHT_PER_TENANT": "1"}, "rate_limit_exceeded"),
+        ({}, {}, "overloaded"),
         ({"steps": (Step("unknown", "x"),)}, {}, "no_worker"),
     ],
 )
@@ -467,12 +470,18 @@ async def test_what_is_not_taken_is_voided(
     valkey_url: str, fields: dict[str, Any], env: dict[str, Any], code: str
 ) -> None:
     async with running(valkey_url, **env) as rig:
-        if code == "overloaded":
+        if env:
             await rig.send("[[sim chunks=100 pace=5]]", steps=(PACED,))
+        elif code == "overloaded":
+            rig.provider.queue = standing()
         fields = dict(fields)
         tenant = fields.get("tenant", "default")
         request = await rig.send(**fields)
-        assert (await rig.answer(request)).failed.error.code == code
+        error = (await rig.answer(request)).failed.error
+        assert error.code == code
+        assert (error.retry_after_ms > 0) == (error.status in (429, 503))
+        assert await rig.bill(request.rid) == []
+        assert len(rig.provider._shares) == rig.provider.in_flight() == len(rig.provider._serving) == bool(env)
         async with asyncio.timeout(3):
             while not any(
                 entry.rid == request.rid and entry.state == "voided"

@@ -1,0 +1,164 @@
+"""At its bounds the ingress refuses at once, and what it refused leaves nothing (issue 3; faults 87, 91)."""
+
+import asyncio
+import time
+from collections import Counter
+from unittest import mock
+
+import aiohttp
+
+from ingress.middleware import Visit
+from ingress.protocol import Reply
+from shared.state.base import Principal
+from tests.ingress.conftest import MakeWorld
+from tests.ingress.test_refusals import AUTH, BODY, CHAT, HOST, POST, RAW, TYPE, error_of, raw
+from tests.ingress.world import World
+
+OTHER = "other-key-other-key-other-key-other-key"
+
+
+def nothing_left(world: World) -> None:
+    """In no map, and nothing handed over."""
+    door = world.ingress._door
+    assert door is not None
+    assert (door.in_flight, len(door._shares), len(world.ingress._desk.exchanges)) == (0, 0, 0)
+    assert world.asks.empty()
+
+
+async def test_the_in_flight_bound(make_world: MakeWorld, http: aiohttp.ClientSession) -> None:
+    """503 at once while full of slow requests, with both ways of saying when to come back (D15)."""
+    world = await make_world(MAX_IN_FLIGHT="3", HANDOFF_TIMEOUT_MS="10000")
+    world.deaf = True
+    waiting = [asyncio.ensure_future(http.post(world.url + CHAT, json=BODY)) for _ in range(3)]
+    asks = [await world.ask() for _ in waiting]
+    for _ in range(5):
+        async with http.post(world.url + CHAT, json=BODY) as answer:
+            assert answer.status == 503
+            assert (await error_of(answer))["code"] == "overloaded"
+            assert int(answer.headers["Retry-After"]) >= 1
+            assert int(answer.headers["retry-after-ms"]) >= 1
+    async with http.get(world.url + "/health") as answer:
+        assert answer.status == 200
+    assert world.ingress.in_flight() == 3
+    assert len(world.ingress._desk.exchanges) == 3
+    for ask in asks:
+        world.script(ask, world.provider)
+    for request in waiting:
+        assert (await request).status == 200
+    nothing_left(world)
+
+
+async def test_refused_before_the_body_is_read(make_world: MakeWorld, http: aiohttp.ClientSession) -> None:
+    """Neither key nor type nor body is looked at when it is full: a body that never comes is not waited for."""
+    world = await make_world(MAX_IN_FLIGHT="1", HANDOFF_TIMEOUT_MS="10000")
+    world.deaf = True
+    waiting = asyncio.ensure_future(http.post(world.url + CHAT, json=BODY))
+    ask = await world.ask()
+    status, head, _ = await raw(world, POST, HOST, b"Content-Length: 1000000\r\n\r\n{")
+    assert status == 503
+    assert b"\r\nRetry-After: 1\r\n" in head
+    world.script(ask, world.provider)
+    assert (await waiting).status == 200
+    nothing_left(world)
+
+
+async def test_91_a_tenants_own_limit(make_world: MakeWorld, http: aiohttp.ClientSession) -> None:
+    """429 in OpenAI's words for the hot one; nobody else notices; streams count until their end."""
+    world = await make_world(MAX_IN_FLIGHT_PER_TENANT="2", MAX_IN_FLIGHT="10", HANDOFF_TIMEOUT_MS="10000")
+    world.registry.known[OTHER.encode()] = Principal(tenant="cool", key="k2", tenant_name="cool")
+    world.deaf = True
+    stream = asyncio.ensure_future(http.post(world.url + CHAT, json={**BODY, "stream": True}))
+    whole = asyncio.ensure_future(http.post(world.url + CHAT, json=BODY))
+    asks = {ask.stream: ask for ask in (await world.ask(), await world.ask())}
+    async with http.post(world.url + CHAT, json=BODY) as answer:
+        assert answer.status == 429
+        assert int(answer.headers["Retry-After"]) >= 1
+        assert int(answer.headers["retry-after-ms"]) >= 1
+        error = await error_of(answer)
+        assert (error["type"], error["code"]) == ("rate_limit_error", "rate_limit_exceeded")
+    world.deaf = False
+    async with http.post(world.url + CHAT, json=BODY, headers={"Authorization": f"Bearer {OTHER}"}) as answer:
+        assert answer.status == 200
+    assert (await world.ask()).tenant == "cool"
+
+    world.script(asks[False], world.provider)  # the whole one ends: one more may come
+    assert (await whole).status == 200
+    provider = world.provider
+    provider.send(asks[True], provider.accepted(asks[True]), provider.delta(asks[True], b"data: x\n\n", {}))
+    assert (await stream).status == 200  # its head is there; its body is not at its end
+    async with http.post(world.url + CHAT, json=BODY) as answer:
+        assert answer.status == 200
+    await world.ask()
+    world.deaf = True
+    second = asyncio.ensure_future(http.post(world.url + CHAT, json=BODY))
+    ask = await world.ask()
+    async with http.post(world.url + CHAT, json=BODY) as answer:
+        assert answer.status == 429
+    provider.send(asks[True], provider.end(asks[True]))
+    assert (await (await stream).read()).endswith(b"[DONE]\n\n")
+    world.deaf = False
+    async with http.post(world.url + CHAT, json=BODY) as answer:
+        assert answer.status == 200
+    await world.ask()
+    world.script(ask, world.provider)
+    assert (await second).status == 200
+    nothing_left(world)
+
+
+async def test_a_client_that_left_gives_its_share_back(make_world: MakeWorld, http: aiohttp.ClientSession) -> None:
+    world = await make_world(MAX_IN_FLIGHT_PER_TENANT="1")
+    world.deaf = True
+    waiting = asyncio.ensure_future(http.post(world.url + CHAT, json=BODY))
+    await world.ask()
+    waiting.cancel()
+    door = world.ingress._door
+    assert door is not None
+    async with asyncio.timeout(3):
+        await door.emptied()
+    nothing_left(world)
+
+
+async def spin(visit: Visit) -> Reply:
+    """A request whose work takes the loop for 20 ms."""
+    time.sleep(0.02)
+    return visit.json(b"{}")
+
+
+async def test_a_queue_that_stands_is_shed(world: World) -> None:
+    """What waits behind half a second of work is refused with 503, not begun late, once the queue stands."""
+    door = world.ingress._door
+    assert door is not None
+    door.add("GET", "/spin", spin)
+    head = b"GET /spin HTTP/1.1\r\n" + HOST + b"\r\n"
+    with mock.patch.multiple("shared.core.overload", BURST=3, INTERVAL_S=0.0):
+        clients = [await asyncio.open_connection("127.0.0.1", world.ingress.port) for _ in range(30)]
+        for _, writer in clients:
+            writer.write(head)
+        heads = [await reader.readuntil(b"\r\n\r\n") for reader, _ in clients]
+    statuses = Counter(int(head.split(b" ", 2)[1]) for head in heads)
+    assert set(statuses) == {200, 503}
+    assert door.queue.shed == statuses[503]
+    assert all(b"\r\nRetry-After: " in head for head in heads if b" 503 " in head)
+    assert door.queue.worst() > 0.05
+    for _, writer in clients:
+        writer.close()
+    assert door.in_flight == 0
+
+
+async def test_a_pipelined_request_does_not_wait_in_our_queue(world: World) -> None:
+    """It waits behind its client's own: that is no overload, however long it takes."""
+    door = world.ingress._door
+    assert door is not None
+    world.deaf = True
+    request = POST + HOST + AUTH + TYPE + b"Content-Length: %d\r\n\r\n%b" % (len(RAW), RAW)
+    with mock.patch.multiple("shared.core.overload", BURST=0, INTERVAL_S=0.0):
+        reader, writer = await asyncio.open_connection("127.0.0.1", world.ingress.port)
+        writer.write(request + request)
+        ask = await world.ask()
+        await asyncio.sleep(0.06)
+        world.script(ask, world.provider)
+        assert b" 200 " in await reader.readuntil(b"\r\n")
+        world.script(await world.ask(), world.provider)
+        assert b" 200 " in (await reader.readuntil(b"HTTP/1.1 200 OK\r\n"))
+    assert door.queue.shed == 0
+    writer.close()
