@@ -56,8 +56,7 @@ class Replies:
         self._timer: asyncio.TimerHandle | None = None
         self._ticked = 0.0
         self._even = False
-        self._alive = f"{instance}-alive"  # the inbox of liveness answers; the Sender has its own
-        self._alive_prefix = subjects.inbox(self._alive, "")
+        self._alive_prefix = subjects.alive(instance, "")
         self.unknown_frames = 0
         self.bad_batches = 0
         self.stray_frames = 0
@@ -71,8 +70,8 @@ class Replies:
 
     async def start(self) -> None:
         """Subscribe, and begin to tick."""
-        inbox = subjects.inbox(self._alive, "*")
-        self._subscriptions.append(await self._bus.subscribe(inbox, self._on_alive))
+        alive = subjects.alive(self._instance, "*")
+        self._subscriptions.append(await self._bus.subscribe(alive, self._on_alive))
         reply = subjects.reply("ingress", self._instance)
         self._subscriptions.append(await self._bus.subscribe(reply, self._on_batch))
         self._ticked = self._desk.clock()

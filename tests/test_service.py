@@ -194,11 +194,11 @@ async def test_control(env: dict[str, str], log: Log) -> None:
         asker.publish(subject, b"\xc1")
         asker.publish(subject, encode(Beat(role="x", instance="y")))
         asker.publish(subject, b"", subjects.worker("provider", "p1"))
-        asker.publish(subject, b"", subjects.inbox("i1", "9"))
+        asker.publish(subject, b"", subjects.alive("i1", "9"))
         async with asyncio.timeout(5):
-            while subjects.inbox("i1", "9") not in [message[0] for message in seen.messages]:
+            while subjects.alive("i1", "9") not in [message[0] for message in seen.messages]:
                 await asyncio.sleep(0)
-        assert (subjects.inbox("i1", "9"), "", b"", False) in seen.messages
+        assert (subjects.alive("i1", "9"), "", b"", False) in seen.messages
         assert subjects.worker("provider", "p1") not in [message[0] for message in seen.messages]
         assert role.controls == [cancel]
         assert "hotpath_messages_ignored 2.0" in role.ctx.metrics.render().decode()
@@ -332,13 +332,13 @@ async def test_a_real_process(real: dict[str, str], nats_url: str) -> None:
     """Ready lines, beats on NATS, liveness answered, metrics, SIGTERM drains and ends with 0."""
     watcher, seen, inbox = await NatsBus.connect(nats_url, "watcher"), Seen(), Seen()
     await watcher.subscribe(subjects.beat("guardian", "*"), seen)
-    await watcher.subscribe(subjects.inbox("watcher", "*"), inbox)
+    await watcher.subscribe(subjects.alive("watcher", "*"), inbox)
     running = await asyncio.to_thread(Running, real, "guardian,routing")
     assert [line["role"] for line in running.ready] == ["guardian", "routing"]
     guardian = running.ready[0]
     assert guardian["pid"] == running.process.pid
     await seen.count(1)
-    watcher.publish(subjects.control(guardian["instance"]), b"", subjects.inbox("watcher", "1"))
+    watcher.publish(subjects.control(guardian["instance"]), b"", subjects.alive("watcher", "1"))
     await inbox.count(1)
     assert inbox.messages[0][2:] == (b"", False)
     text = await asyncio.to_thread(lambda: urllib.request.urlopen(guardian["metrics"]).read())

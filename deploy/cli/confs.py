@@ -5,9 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from deploy.cli.credentials import write_private
+from deploy.cli.credentials import NATS_USERS, nats_password, write_private
 from deploy.cli.procfile import ROOT
-from shared.wire import subjects
 
 #: NATS's payload limit beyond a request body: envelope, plan and hops (DESIGN 3 asks for 64 KiB at least).
 ENVELOPE: Final = 65_536
@@ -66,14 +65,7 @@ def nats_conf(data: Path, host: str, port: int, secrets: Mapping[str, str], max_
         "data": str(data),
         "log": str(data / "logs" / "nats.log"),
         "max_payload": str(max(MIN_PAYLOAD, max_body + ENVELOPE)),
-        "operator": secrets["NATS_OPERATOR_PASSWORD"],
-        "roles": secrets["NATS_ROLES_PASSWORD"],
-        "loadgen": secrets["NATS_LOADGEN_PASSWORD"],
-        "all": f"{subjects.PREFIX}.>",
-        "admit": subjects.ADMIT,
-        "control": subjects.control("*"),
-        "beat": subjects.beat("loadgen", "*"),
-        "reply": subjects.reply("loadgen", "*"),
+        **{user: secrets[nats_password(user)] for user in NATS_USERS},
     }
     write_private(path, fill((ROOT / "deploy" / "nats.conf").read_text(), words))
     return path

@@ -9,8 +9,19 @@ from typing import Final
 
 #: Settings of the processes: one given by the environment is used as it stands and is not kept in the file.
 SETTINGS: Final = ("GATEWAY_API_KEY", "KEY_PEPPER", "ADMIN_API_KEY")
+#: The roles, each with a NATS user of its own name.
+ROLES: Final = ("ingress", "guardian", "routing", "provider")
+#: Every user of deploy/nats.conf.
+NATS_USERS: Final = ("operator", *ROLES, "loadgen")
+
+
+def nats_password(user: str) -> str:
+    """The name of a NATS user's password."""
+    return f"NATS_{user.upper()}_PASSWORD"
+
+
 #: Passwords of the embedded servers' users.
-SERVERS: Final = ("NATS_OPERATOR_PASSWORD", "NATS_ROLES_PASSWORD", "NATS_LOADGEN_PASSWORD", "REDIS_PASSWORD")
+SERVERS: Final = (*map(nats_password, NATS_USERS), "REDIS_PASSWORD")
 
 _LINE: Final = re.compile(r"([A-Z_]+)=([A-Za-z0-9+/=_-]+)\Z")
 _PREFIX: Final = {"GATEWAY_API_KEY": "br_live_demo_"}

@@ -10,6 +10,7 @@ from typing import Any, Final, Literal
 from deploy import servers
 from deploy.cli import envfile
 from deploy.cli.confs import ENVELOPE
+from deploy.cli.credentials import ROLES
 from deploy.cli.http import get
 from deploy.cli.where import Where
 from shared.catalog import CatalogError
@@ -149,13 +150,12 @@ async def _nats(where: Where, settings: Settings) -> list[Check]:
 
 
 def _users(where: Where, settings: Settings) -> Check:
-    roles = ("ingress", "guardian", "routing", "provider")
-    own = [role for role in roles if settings.nats_url_for(role) != settings.nats_url]
-    if len(own) == len(roles):
+    own = [role for role in ROLES if settings.nats_url_for(role) != settings.nats_url]
+    if len(own) == len(ROLES):
         return _check("nats users", "ok", "a user per role")
     if where.run is not None and where.run["loadgen_nats_url"] != where.run["nats_url"]:
-        return _check("nats users", "ok", "embedded: operator, roles, loadgen")
-    without = ", ".join(role for role in roles if role not in own)
+        return _check("nats users", "ok", "embedded: operator, loadgen, a user per role")
+    without = ", ".join(role for role in ROLES if role not in own)
     do = "give each role its own: NATS_URL_GUARDIAN=nats://user:password@host ...; deploy/nats.conf has the allow-lists"
     return _check("nats users", "warn", f"no user of their own: {without}", do)
 

@@ -37,7 +37,7 @@ def _port(usual: int) -> int:
 
 
 def lines(data: str, env: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The variables: secrets (generated where missing), the servers' URLs with the roles' user, the gateway's port,
+    """The variables: secrets (generated where missing), the servers' URLs with each role's user, the gateway's port,
     the catalogue. With a running `hotpath up` on the directory they name its servers; else URLs that are given, else
     the embedded servers of deploy/Procfile.dev."""
     env = os.environ if env is None else env
@@ -47,15 +47,16 @@ def lines(data: str, env: Mapping[str, str] | None = None) -> dict[str, str]:
     secrets = credentials.ensure(directory / "secrets.env", env)
     found = {name: secrets[name] for name in credentials.SETTINGS}
     found["HOTPATH_DATA"] = str(directory)
-    found |= {name: env[name] for name in env if name.startswith("NATS_URL_")}
     found |= {name: env[name] for name in _GIVEN if env.get(name)}
     found["GATEWAY_PORT"] = env.get("GATEWAY_PORT") or str(_port(GATEWAY_PORT))
     if where.run is not None:
-        found["NATS_URL"] = env.get("NATS_URL") or _as_roles(where.run["nats_url"], secrets)
+        found |= _nats(env.get("NATS_URL") or where.run["nats_url"], secrets)
         found["REDIS_URL"] = where.run["redis_url"]
     else:
-        found["NATS_URL"] = env.get("NATS_URL") or fleet.embedded_nats_url("roles", secrets, _port(NATS_PORT))
+        nats_url = env.get("NATS_URL") or fleet.embedded_nats_url("operator", secrets, _port(NATS_PORT))
+        found |= _nats(nats_url, secrets)
         found["REDIS_URL"] = env.get("REDIS_URL") or fleet.embedded_redis_url(secrets, _port(REDIS_PORT))
+    found |= {name: env[name] for name in env if name.startswith("NATS_URL_")}
     if env.get("HOTPATH_CATALOG"):
         found["HOTPATH_CATALOG"] = str(Path(env["HOTPATH_CATALOG"]).resolve())
     elif fleet.wants_simulator(env):
@@ -65,11 +66,12 @@ def lines(data: str, env: Mapping[str, str] | None = None) -> dict[str, str]:
     return found
 
 
-def _as_roles(operator_url: str, secrets: Mapping[str, str]) -> str:
-    """The running embedded server as its user `roles`; a server of one's own as it was given."""
-    parts = urlsplit(operator_url)
-    ours = (parts.username, parts.password) == ("operator", secrets["NATS_OPERATOR_PASSWORD"])
-    return fleet.embedded_nats_url("roles", secrets, parts.port or 0) if ours else operator_url
+def _nats(url: str, secrets: Mapping[str, str]) -> dict[str, str]:
+    """NATS_URL, and for the embedded server each role's own user beside the operator (whom the commands
+    use, `hotpath serve nats` too); a server of one's own as it was given."""
+    parts = urlsplit(url)
+    ours = (parts.username, parts.password) == ("operator", secrets[credentials.nats_password("operator")])
+    return {"NATS_URL": url, **(fleet.role_nats_urls(secrets, parts.port or NATS_PORT) if ours else {})}
 
 
 def _simulator(directory: Path, running: str | None) -> dict[str, str]:

@@ -3,7 +3,8 @@
 import os
 import socket
 import sys
-from collections.abc import Mapping
+import tomllib
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Final
 
 from deploy import servers
 from deploy.cli import confs
+from deploy.cli.credentials import ROLES, nats_password
 from deploy.cli.slot import Spec
 from deploy.cli.supervise import ORDER, OTHER
 from shared.settings import Settings
@@ -18,6 +20,8 @@ from shared.settings import load as load_settings
 
 #: Keys whose presence means that a real provider is meant.
 PROVIDER_KEYS: Final = ("OPENAI_API_KEY",)
+#: What stands for a provider's key in the roles that only need to know that there is one.
+KEY_ELSEWHERE: Final = "held-by-the-provider-role"
 MARGIN_S: Final = 5.0  # a drain that takes its whole time still ends by itself
 
 Missing = servers.ServerMissing
@@ -58,8 +62,18 @@ def url_of(host: str, port: int) -> str:
 
 
 def embedded_nats_url(user: str, secrets: Mapping[str, str], port: int) -> str:
-    """The embedded server's URL for one of its users (operator, roles, loadgen)."""
-    return f"nats://{user}:{secrets[f'NATS_{user.upper()}_PASSWORD']}@127.0.0.1:{port}"
+    """The embedded server's URL for one of its users (credentials.NATS_USERS)."""
+    return f"nats://{user}:{secrets[nats_password(user)]}@127.0.0.1:{port}"
+
+
+def nats_setting(role: str) -> str:
+    """The setting with the URL of a role's own NATS user."""
+    return f"NATS_URL_{role.upper()}"
+
+
+def role_nats_urls(secrets: Mapping[str, str], port: int) -> dict[str, str]:
+    """The embedded server's URLs of the four roles, by setting."""
+    return {nats_setting(role): embedded_nats_url(role, secrets, port) for role in ROLES}
 
 
 def embedded_redis_url(secrets: Mapping[str, str], port: int) -> str:
@@ -70,6 +84,34 @@ def embedded_redis_url(secrets: Mapping[str, str], port: int) -> str:
 def bare(env: Mapping[str, str]) -> dict[str, str]:
     """The environment of a process that has no business with our secrets."""
     return {name: env[name] for name in ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "TZ") if name in env}
+
+
+def own_env(
+    process: str, env: Mapping[str, str], combined: tuple[str, ...], provider_keys: Collection[str]
+) -> dict[str, str]:  # fmt: skip
+    """What a process of the Procfile is told: of NATS its own role's user, of the providers' keys (the names are
+    `provider_keys`) only that they are there, unless it is who uses them.
+
+    One that is not named like a role runs those of WORKER_ROLES (`combined`), or any of the four. NATS_URL (usually the
+    operator's) is for those without a user of their own.
+    """
+    runs = (process,) if process in ROLES else combined or ROLES
+    mine = {nats_setting(role) for role in runs}
+    found = {name: value for name, value in env.items() if not name.startswith("NATS_URL_") or name in mine}
+    if all(found.get(name) for name in mine):
+        found.pop("NATS_URL", None)
+    if "provider" not in runs:
+        found |= {name: KEY_ELSEWHERE for name in provider_keys if found.get(name, "").strip()}
+    return found
+
+
+def provider_keys(catalogue: str) -> set[str]:
+    """The variables a catalogue takes its endpoints' keys from; none if it cannot be read: the roles refuse it."""
+    try:
+        rows = tomllib.loads(Path(catalogue).read_text("utf-8")).get("endpoints", [])
+        return {row["api_key_env"] for row in rows if isinstance(row.get("api_key_env"), str)}
+    except (OSError, ValueError, AttributeError):
+        return set()
 
 
 def plan(
@@ -90,7 +132,7 @@ def plan(
         simulator_url=None, api_key=secrets["GATEWAY_API_KEY"], admin_key=secrets["ADMIN_API_KEY"], data=data,
     )  # fmt: skip
     if not result.nats_url:
-        own["NATS_URL"] = _add_nats(result, env, secrets, settings)
+        own |= _add_nats(result, env, secrets, settings)
     if not result.redis_url:
         own["REDIS_URL"] = _add_redis(result, env, secrets)
     if env.get("HOTPATH_CATALOG"):
@@ -106,7 +148,8 @@ def _log(data: Path, role: str, number: int) -> Path:
     return data / "logs" / f"{role}.{number}.log"
 
 
-def _add_nats(result: Plan, env: Mapping[str, str], secrets: Mapping[str, str], settings: Settings) -> str:
+def _add_nats(result: Plan, env: Mapping[str, str], secrets: Mapping[str, str], settings: Settings) -> dict[str, str]:
+    """The settings that name it, with each role's own user."""
     port = servers.free_port()
     conf = confs.nats_conf(result.data, "127.0.0.1", port, secrets, settings.max_body_bytes)
     result.nats_url = embedded_nats_url("operator", secrets, port)
@@ -124,7 +167,7 @@ def _add_nats(result: Plan, env: Mapping[str, str], secrets: Mapping[str, str], 
             quiet=True,
         )
     )
-    return embedded_nats_url("roles", secrets, port)
+    return role_nats_urls(secrets, port)
 
 
 def _add_redis(result: Plan, env: Mapping[str, str], secrets: Mapping[str, str]) -> str:
@@ -172,9 +215,14 @@ def _add_roles(
     streams = max(settings.shutdown_drain_ms, settings.shutdown_stream_drain_ms) / 1000 + MARGIN_S
     short = settings.shutdown_drain_ms / 1000 + MARGIN_S
     path = f"{os.path.dirname(sys.executable)}{os.pathsep}{env.get('PATH', os.defpath)}"  # noqa: PTH120 - of the venv, not what it links to
+    held = provider_keys(env.get("HOTPATH_CATALOG") or settings.hotpath_catalog)
     for role, command in roles.items():
         listens = role == "ingress"
-        own = {**env, "PATH": path, "HOTPATH_LISTEN_FD": str(fd) if listens else "-1"}
+        own = {
+            **own_env(role, env, settings.roles(), held),
+            "PATH": path,
+            "HOTPATH_LISTEN_FD": str(fd) if listens else "-1",
+        }
         for number in range(1, scale[role] + 1):
             result.specs.append(
                 Spec(

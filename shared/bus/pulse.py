@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Final
@@ -62,9 +62,9 @@ class Pulse:
         self._awaited: set[str] = set()  # roles not heard yet, while `acquaint` waits
         self._acquainted = asyncio.Event()
 
-    async def listen(self, bus: Bus) -> None:
-        """Follow the beats of every role that has a roster. Raises what `subscribe` raises."""
-        for role in self._rosters:
+    async def listen(self, bus: Bus, roles: Iterable[str]) -> None:
+        """Follow the beats of these roles; each has a roster. Raises what `subscribe` raises."""
+        for role in roles:
             await bus.subscribe(subjects.beat(role, "*"), self._on_beat)
 
     async def acquaint(self, roles: AbstractSet[str]) -> None:

@@ -45,15 +45,16 @@ class Sender:
     def __init__(
         self,
         bus: Bus,
+        role: str,
         instance: str,
         rosters: Mapping[str, Roster],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._bus = bus
-        self._instance = instance
         self._rosters = rosters
         self._clock = clock
-        self._prefix = subjects.inbox(instance, "")
+        self._inbox = subjects.inbox(role, instance, "*")
+        self._prefix = subjects.inbox(role, instance, "")
         self._kept: dict[str, _Kept] = {}  # in the order they were sent, so the oldest stand first
         self._kept_bytes = 0
         self._number = 0
@@ -63,7 +64,7 @@ class Sender:
 
     async def start(self) -> None:
         """Subscribe to the inbox: before the first send."""
-        self._subscription = await self._bus.subscribe(subjects.inbox(self._instance, "*"), self._on_inbox)
+        self._subscription = await self._bus.subscribe(self._inbox, self._on_inbox)
 
     @property
     def kept(self) -> int:

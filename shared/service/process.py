@@ -209,7 +209,7 @@ class Process:
             bus=bus,
             state=state,
             rosters=self._rosters,
-            sender=Sender(bus, instance, self._rosters),
+            sender=Sender(bus, role.name, instance, self._rosters),
             role=role.name,
             instance=instance,
             pid=os.getpid(),
@@ -251,14 +251,17 @@ class Process:
 
         await first.subscribe(subjects.NOTICE_REGISTRY, on_registry)
         await first.subscribe(subjects.NOTICE_CIRCUIT, on_circuit)
-        await self._pulse.listen(first)
+        heard: set[str] = set()
         for role, ctx in zip(self._roles, self._contexts, strict=True):
+            # by the user of the role that watches: no other one may (deploy/nats.conf)
+            await self._pulse.listen(ctx.bus, [watched for watched in role.watches if watched not in heard])
+            heard.update(role.watches)
             await ctx.bus.subscribe(subjects.control(ctx.instance), self._control_handler(role, ctx))
 
     def _control_handler(self, role: Role, ctx: Context) -> Callable[[str, str, bytes, bool], None]:
         def on_control(_subject: str, reply: str, payload: bytes, _no_responders: bool) -> None:
             if not payload:
-                if subjects.answerable(reply):
+                if subjects.answerable(role.name, reply):
                     with contextlib.suppress(BusUnavailable):
                         ctx.bus.publish(reply, b"")
                 return

@@ -1,4 +1,4 @@
-"""Every NATS subject and queue group, defined once (DESIGN 3; loadgen's allow-list names the same subjects).
+"""Every NATS subject and queue group, defined once (DESIGN 3; the allow-lists in deploy/nats.conf name the same).
 
 A subject is built here from a role and an instance id that *we* made (lower-case letters and digits); a client's
 string never becomes part of one. Nothing outside this file may spell a subject: `tests/test_floors.py` looks.
@@ -28,6 +28,15 @@ PATTERN: Final = re.compile(r"([A-Za-z0-9_-]+|\*)(\.([A-Za-z0-9_-]+|\*))*(\.>)?\
 #: One token: a role or an instance id.
 TOKEN: Final = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
 
+#: Who is asked whether it lives: whoever a request is waited for from.
+_ASKED: Final = frozenset({"guardian", "routing", "provider"})
+_ONE: Final = r"[A-Za-z0-9_-]{1,64}"
+#: Where the answer may go: `alive`, a direct publisher's reply subject, or the inbox an ingress of the builds before
+#: decision 15 asks from (until none of them is rolled from any more).
+_ANSWERABLE: Final = re.compile(
+    rf"{re.escape(PREFIX)}\.(inbox\.alive\.{_ONE}\.{_ONE}|reply\.loadgen\.{_ONE}|inbox\.{_ONE}\.{_ONE})\Z"
+)
+
 
 def worker(role: str, instance: str) -> str:
     """The subject one live instance of `role` (guardian, routing, provider) takes its requests from."""
@@ -49,14 +58,24 @@ def beat(role: str, instance: str) -> str:
     return f"{PREFIX}.beat.{role}.{instance}"
 
 
-def inbox(instance: str, token: str) -> str:
-    """The sender's own reply subject of one publish: NATS's 503 (no responders) comes back only here."""
-    return f"{PREFIX}.inbox.{instance}.{token}"
+def inbox(role: str, instance: str, token: str) -> str:
+    """The sender's own reply subject of one publish: NATS's 503 (no responders) comes back only here.
 
-
-def answerable(reply: str) -> bool:
-    """Whether a liveness question may be answered there: an inbox of ours, or a direct publisher's reply subject.
-
-    Anybody who may ask may name any reply subject; without this a question would make its target publish elsewhere.
+    The role stands in it so that an allow-list can give each role its own inboxes and no other's; nobody may publish
+    to any, the 503 is the server's own.
     """
-    return reply.startswith((f"{PREFIX}.inbox.", f"{PREFIX}.reply.loadgen."))
+    return f"{PREFIX}.inbox.{role}.{instance}.{token}"
+
+
+def alive(instance: str, asked: str) -> str:
+    """Where an ingress is told that the instance it asked lives; `asked` tells which one."""
+    return f"{PREFIX}.inbox.alive.{instance}.{asked}"
+
+
+def answerable(role: str, reply: str) -> bool:
+    """Whether an instance of `role` answers a liveness question there: a worker does, to who waits for it.
+
+    Anybody who may ask may name any reply subject; without this a question would make its target publish elsewhere, or
+    break its allow-list.
+    """
+    return role in _ASKED and _ANSWERABLE.match(reply) is not None

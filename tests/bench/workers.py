@@ -95,7 +95,7 @@ async def started(role: Role, follower: str) -> tuple[NoBus, Deliver]:
         bus=cast("Any", bus),
         state=cast("Any", SimpleNamespace(ledger=yes, registry=yes, clock=yes, circuits=yes)),
         rosters=rosters,
-        sender=Sender(cast("Any", bus), "self", rosters),
+        sender=Sender(cast("Any", bus), role.name, "self", rosters),
         role=role.name,
         instance="self",
         pid=1,

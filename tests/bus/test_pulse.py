@@ -16,7 +16,7 @@ from tests.bus.conftest import Seen
 
 
 def living(bus: MemoryBus, role: str = "guardian", instance: str = "g1") -> Living:
-    return Living(role, instance, 10, lambda: 3, bus, Sender(bus, instance, {}))
+    return Living(role, instance, 10, lambda: 3, bus, Sender(bus, role, instance, {}))
 
 
 async def test_a_beat_at_once_and_on_and_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +63,7 @@ async def test_beats_fill_the_rosters_if_subject_and_payload_agree() -> None:
     bus = Broker().client("one")
     rosters = {"guardian": Roster("guardian"), "loadgen": Roster("loadgen")}
     pulse = Pulse(rosters)
-    await pulse.listen(bus)
+    await pulse.listen(bus, rosters)
     bus.publish(subjects.beat("guardian", "g1"), encode(Beat(role="guardian", instance="g1")))
     bus.publish(subjects.beat("loadgen", "l1"), encode(Beat(role="guardian", instance="g2")))
     bus.publish(subjects.beat("loadgen", "l1"), encode(Beat(role="loadgen", instance="l2")))
@@ -98,7 +98,7 @@ async def test_the_others_are_heard_before_work_is_taken(monkeypatch: pytest.Mon
     monkeypatch.setattr(module, "ACQUAINT_S", 5)
     bus = Broker().client("one")
     pulse = Pulse({"routing": Roster("routing"), "provider": Roster("provider")})
-    await pulse.listen(bus)
+    await pulse.listen(bus, ["routing", "provider"])
     waiting = asyncio.ensure_future(pulse.acquaint({"routing", "provider"}))
     bus.publish(subjects.beat("routing", "r1"), encode(Beat(role="routing", instance="r1")))
     await asyncio.sleep(0.01)

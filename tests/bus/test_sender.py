@@ -22,7 +22,7 @@ class World:
         self.bus = bus
         self.now = 100.0
         self.roster = Roster("routing")
-        self.sender = Sender(bus, "me", {"routing": self.roster}, lambda: self.now)
+        self.sender = Sender(bus, "ingress", "me", {"routing": self.roster}, lambda: self.now)
         self.undeliverable: list[str] = []
         self.lost: list[tuple[str, str]] = []
 
@@ -62,7 +62,7 @@ async def test_one_live_instance_gets_it_with_our_inbox_as_reply(world: World, c
     await seen.count(1)
     subject, reply, payload, _ = seen.messages[0]
     assert (subject, payload) == (subjects.worker("routing", "w1"), b"hello")
-    assert reply.startswith(subjects.inbox("me", ""))
+    assert reply.startswith(subjects.inbox("ingress", "me", ""))
     await settled(world)
     assert not world.undeliverable
     assert not world.lost
@@ -181,7 +181,7 @@ async def test_only_503s_to_a_known_token_count(world: World, connect: Connect) 
     world.send()
     await seen.count(1)
     worker.publish(seen.messages[0][1], b"")
-    worker.publish(subjects.inbox("me", "999"), b"x")
+    worker.publish(subjects.inbox("ingress", "me", "999"), b"x")
     await worker.flush()
     await settled(world)
     assert not world.undeliverable

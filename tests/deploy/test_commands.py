@@ -147,11 +147,13 @@ def test_version(up: Up) -> None:
 
 
 def test_env_of_a_running_hotpath(up: Up) -> None:
-    """Its servers with the roles' user, its secrets, its catalogue."""
+    """Its servers with a user for each role, its secrets, its catalogue."""
     found, run = up.cli("env"), up.run
     assert found["REDIS_URL"] == run["redis_url"]
-    assert urlsplit(found["NATS_URL"]).username == "roles"
-    assert urlsplit(found["NATS_URL"]).port == urlsplit(run["nats_url"]).port
+    assert found["NATS_URL"] == run["nats_url"]
+    for role in ("ingress", "guardian", "routing", "provider"):
+        own = urlsplit(found[f"NATS_URL_{role.upper()}"])
+        assert (own.username, own.port) == (role, urlsplit(run["nats_url"]).port)
     assert found["GATEWAY_API_KEY"] == run["api_key"]
     assert found["ADMIN_API_KEY"] == run["admin_key"]
     assert Path(found["HOTPATH_CATALOG"]) == up.data / "catalog.toml"
@@ -161,7 +163,8 @@ def test_env_of_nothing(tmp_path: Path) -> None:
     """Embedded servers' URLs with generated passwords, a simulator's catalogue; the same again the second time."""
     first = envfile.lines(str(tmp_path / "d"), {"GATEWAY_PORT": "1234", "PATH": "/bin"})
     assert first["GATEWAY_PORT"] == "1234"
-    assert urlsplit(first["NATS_URL"]).username == "roles"
+    assert urlsplit(first["NATS_URL"]).username == "operator"
+    assert urlsplit(first["NATS_URL_PROVIDER"]).username == "provider"
     assert f"127.0.0.1:{first['SIMULATOR_PORT']}/" in Path(first["HOTPATH_CATALOG"]).read_text()
     assert first["PATH"].endswith(":/bin")
     again = envfile.lines(str(tmp_path / "d"), {"GATEWAY_PORT": "1234", "PATH": "/bin"})
@@ -193,7 +196,7 @@ def test_doctor_of_a_healthy_one(up: Up) -> None:
     assert set(states(up.cli("doctor")).values()) == {"ok"}
     done = up.cli_run("doctor")
     assert done.returncode == 0
-    assert "embedded: operator, roles, loadgen" in done.stdout
+    assert "embedded: operator, loadgen, a user per role" in done.stdout
 
 
 def test_doctor_before_the_first_start(tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ class World:
         self.server = MetricsServer(self.metrics, "127.0.0.1", 0, ADMIN)
         self.bus = self.broker.client("ingress")
         rosters = {role: Roster(role) for role in Ingress.watches}
-        sender = Sender(self.bus, "in1", rosters)
+        sender = Sender(self.bus, "ingress", "in1", rosters)
         catalog = SimpleNamespace(models={name: SimpleNamespace(name=name, owned_by="sim") for name in models}, epoch=7)
         self.ctx = Context(
             settings=settings,

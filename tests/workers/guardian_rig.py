@@ -124,7 +124,7 @@ async def running(role: Role, valkey_url: str, follower: str, **env: str) -> Asy
         bus=bus,
         state=state,
         rosters=rosters,
-        sender=Sender(bus, "self", rosters),
+        sender=Sender(bus, role.name, "self", rosters),
         role=role.name,
         instance="self",
         pid=1,

@@ -179,13 +179,15 @@ class Provider:
     async def _check(self, message: Call) -> None:
         """Our own copy does not know the key (DESIGN 3): one made a moment ago is asked for."""
         ask = message.ask
+        # a key revoked on the way has something to give back; a tenant that is none of ours gets no keys in Redis
+        ours = ask.tenant in self.state.registry.tenants()
         try:
             known = await self.state.registry.find(ask.tenant, ask.key)
         except StateUnavailable:
-            self._refuse(message, errors.RegistryDown())
+            self._refuse(message, errors.RegistryDown(), void=ours)
             return
         if known is None:
-            self._refuse(message, errors.Unauthorized())
+            self._refuse(message, errors.Unauthorized(), void=ours)
         else:
             self._take(message, time.monotonic())
 
@@ -224,12 +226,13 @@ class Provider:
             channel.failed(errors.Overloaded().body(), None, message.hops)
             self.void(message)
 
-    def _refuse(self, message: Call, error: HotpathError) -> None:
+    def _refuse(self, message: Call, error: HotpathError, *, void: bool = True) -> None:
         try:
             fail(self._bus, self.name, self.instance, message.ask, error, hops=message.hops)
         except (BadSubject, BusUnavailable, PayloadTooLarge):
             self._ignored.inc()
-        self.void(message)
+        if void:
+            self.void(message)
 
     def ended(self, walk: Walk, task: "asyncio.Task[None]") -> None:
         """A walk's task is done."""

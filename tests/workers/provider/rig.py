@@ -317,7 +317,7 @@ async def running(valkey_url: str, *, other: str = "", drain: bool = True, **env
     async with simulator() as url:
         ctx = Context(
             settings=config, catalog=catalogue(url, other), bus=bus, state=state, rosters=rosters,
-            sender=Sender(bus, instance, rosters), role="provider", instance=instance, pid=4242,
+            sender=Sender(bus, "provider", instance, rosters), role="provider", instance=instance, pid=4242,
             log=logging.getLogger("hotpath.provider"), metrics=Metrics(), started_at=time.monotonic(),
         )  # fmt: skip
         rig = Rig(ctx, Provider(), broker, url)
