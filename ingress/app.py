@@ -1,8 +1,7 @@
-"""The ingress as a role: what it is made of, where it listens, how it drains (S1-H5, D8)."""
+"""The ingress as a role: what it is made of, its routes and its numbers."""
 
 import asyncio
 import logging
-import socket
 import time
 from typing import Final
 
@@ -13,20 +12,18 @@ from ingress.auth import Auth
 from ingress.chat import Chat, Rules
 from ingress.deliver import Desk, Handoff
 from ingress.health import Health
+from ingress.leave import Leaving, Times
+from ingress.listener import Listener
 from ingress.middleware import Door, Visit
 from ingress.models import PREFIX, Models
 from ingress.protocol import Reply, Server
 from ingress.replies import Replies
 from ingress.wheel import Wheel
-from shared.service import BootError, Context
+from shared.service import Context
 from shared.settings import Settings
 from shared.wire import errors
 from shared.wire.messages import Cancel, Credit
 
-BACKLOG: Final = 4096
-#: What the kernel may hold for one client (Linux doubles it; accepted sockets inherit it). Left to itself it grows to
-#: megabytes, all of which would count as taken by a client that reads nothing.
-SEND_BUFFER: Final = 128 * 1024
 METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -74,8 +71,9 @@ class Ingress:
             max_connections=settings.max_connections,
             log=logging.getLogger("hotpath.ingress"),
         )
-        self._listener = await self._listen(settings)
-        self.port = self._listener.sockets[0].getsockname()[1]
+        self._listener = Listener(settings)
+        await self._listener.start(self._server)
+        self.port = self._listener.port
 
     def _make_desk(self, ctx: Context) -> Desk:
         loop = asyncio.get_running_loop()
@@ -156,61 +154,25 @@ class Ingress:
         }
         ctx.metrics.registry.register(self._tally)
 
-    # ---- listening and draining --------------------------------------------------------------------------------------
-
-    async def _listen(self, settings: Settings) -> asyncio.Server:
-        """On the supervisor's socket if it handed one down, else on a port shared by SO_REUSEPORT (issue 2, 1).
-
-        Raises BootError.
-        """
-        if settings.hotpath_listen_fd >= 0:
-            sock = socket.socket(fileno=settings.hotpath_listen_fd)
-        else:
-            address = (settings.gateway_host, settings.gateway_port)
-            family = socket.AF_INET6 if ":" in settings.gateway_host else socket.AF_INET
-            try:
-                sock = socket.create_server(address, family=family, backlog=BACKLOG, reuse_port=True)
-            except OSError as error:
-                where = f"{settings.gateway_host} port {settings.gateway_port}"
-                raise BootError(f"cannot listen on {where} ({error}); set GATEWAY_HOST, GATEWAY_PORT") from error
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-        sock.setblocking(False)
-        return await asyncio.get_running_loop().create_server(self._server, sock=sock, backlog=BACKLOG)
+    # ---- draining ----------------------------------------------------------------------------------------------------
 
     async def drain(self) -> None:
-        """New requests get 503, those in flight finish: whole ones within SHUTDOWN_DRAIN_MS, streams within
-        SHUTDOWN_STREAM_DRAIN_MS; what is left is told so."""
+        """See leave.py; then nothing listens and no connection is open."""
         assert self._door is not None
         settings = self._ctx.settings
-        self._door.draining = True
-        await self._wait(settings.shutdown_drain_ms / 1000)
-        self._end_open(streams=False)
-        await self._wait((settings.shutdown_stream_drain_ms - settings.shutdown_drain_ms) / 1000)
-        self._end_open(streams=True)
-        await self._wait(1.0)
-        self._listener.close()
+        leaving = Leaving(
+            door=self._door, desk=self._desk, server=self._server, listener=self._listener,
+            siblings=self._ctx.rosters["ingress"], log=self._ctx.log,
+            times=Times(
+                whole=settings.shutdown_drain_ms / 1000,
+                streams=max(settings.shutdown_drain_ms, settings.shutdown_stream_drain_ms) / 1000,
+            ),
+        )  # fmt: skip
+        await leaving.run()
+        await self._listener.close()
         self._server.pre_shutdown()
         await self._server.shutdown(1.0)
         await self._replies.close()
-
-    async def _wait(self, seconds: float) -> None:
-        """Until nothing is in flight, at most so long."""
-        assert self._door is not None
-        if seconds <= 0 or not self._door.in_flight:
-            return
-        try:
-            async with asyncio.timeout(seconds):
-                await self._door.emptied()
-        except TimeoutError:
-            pass
-
-    def _end_open(self, *, streams: bool) -> None:
-        """S1-H5c: say what did not finish, and end it."""
-        left = [exchange for exchange in self._desk.exchanges.values() if streams or not exchange.ask.stream]
-        if left:
-            self._ctx.log.warning("ending requests that did not finish", extra={"count": len(left)})
-        for exchange in left:
-            exchange.fail(errors.ShuttingDown().body(), "shutting down")
 
 
 def _rules(settings: Settings) -> Rules:

@@ -207,6 +207,7 @@ class Chat:
             commit=self._rules.commit,
             keepalive=self._rules.keepalive,
             date=visit.door.date,
+            leaving=visit.door.is_leaving,
             now=self._desk.clock(),
             notify=exchange,
         )

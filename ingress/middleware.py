@@ -47,7 +47,7 @@ class Visit:
         self.path = ""
         self.route = "other"
         self.http10 = request.version < HttpVersion11
-        self.keep = request.keep_alive and not door.draining
+        self.keep = request.keep_alive and not door.leaving
         self.work = True  # counts as in flight
         self.tenant = ""  # whose share it counts in
         self.stages: list[tuple[str, float]] | None = None  # of the first three requests (S0-03)
@@ -63,7 +63,7 @@ class Visit:
 
     def reply(self, status: int, body: bytes, fields: render.Fields) -> Reply:
         """A whole answer."""
-        keep = self.keep and not self.door.draining
+        keep = self.keep and not self.door.leaving
         named = [*self.fields(), *fields, ("Content-Length", str(len(body)))]
         top = render.head(status, named, self.door.date(), http10=self.http10, keep=keep)
         if self.request.method == "HEAD":
@@ -100,7 +100,8 @@ class Door:
         self._date_at = 0.0
         self._idle: asyncio.Future[None] | None = None
         self.in_flight = 0
-        self.draining = False
+        self.draining = False  # new requests are refused
+        self.leaving = False  # every answer is its connection's last
 
     def add(self, method: str, path: str, route: Route, *, prefix: bool = False, public: bool = False) -> None:
         """A route. `prefix`: the rest of the path belongs to it. `public`: answered while draining and when full."""
@@ -112,6 +113,10 @@ class Door:
             self._prefixes.append((path, table, path + "*"))
         if public:
             self._public.add(path)
+
+    def is_leaving(self) -> bool:
+        """Whether an answer that begins now is its connection's last."""
+        return self.leaving
 
     def date(self) -> str:
         """The Date field, made once a second (RFC 9110 6.6.1)."""

@@ -8,6 +8,7 @@ framing breaks half way tells its waiting handler (aiohttp leaves it waiting).
 
 import asyncio
 import logging
+import select
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, Protocol, cast
 
@@ -154,6 +155,28 @@ class Connection(RequestHandler):
             return False
         return now - self._progress_at >= STALLED_S
 
+    def busy(self) -> bool:
+        """Whether a request is being answered, or bytes of an answer wait for the client."""
+        transport = self.transport
+        return self._request_in_progress or (transport is not None and transport.get_write_buffer_size() > 0)
+
+    def idle_for(self) -> float:
+        """Seconds since its last answer; 0.0 while there is anything to do."""
+        waits = self._waiter is not None and not self._waiter.done() and not self._messages
+        if not waits or self._head_timer is not None or self.busy():
+            return 0.0
+        return self._loop.time() - (self._next_keepalive_close_time - IDLE_S)
+
+    def has_unread(self) -> bool:
+        """Whether bytes have come that the loop has not read yet."""
+        transport = self.transport
+        sock = None if transport is None else transport.get_extra_info("socket")
+        if sock is None:
+            return False
+        poll = select.poll()
+        poll.register(sock.fileno(), select.POLLIN)
+        return bool(poll.poll(0))
+
     def handle_error(
         self,
         request: web.BaseRequest,  # noqa: ARG002 - aiohttp's signature
@@ -221,6 +244,16 @@ class Server(web.Server):
             if isinstance(connection, Connection) and connection.stalled(now):
                 transport.abort()
         self._sweeper = self._loop.call_later(SWEEP_S, self._sweep)
+
+    def busy(self) -> bool:
+        """Whether any client waits for an answer or a part of one."""
+        return any(isinstance(one, Connection) and one.busy() for one in self._connections)
+
+    def close_idle(self, seconds: float) -> None:
+        """Close the connections without a request for so long."""
+        for one in list(self._connections):
+            if isinstance(one, Connection) and one.idle_for() >= seconds and not one.has_unread():
+                one.force_close()
 
     async def shutdown(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - aiohttp's signature
         """Close every connection."""

@@ -88,6 +88,7 @@ class Live:
         "_keep",
         "_keepalive",
         "_last",
+        "_leaving",
         "_notify",
         "_open",
         "due",
@@ -96,7 +97,7 @@ class Live:
 
     def __init__(
         self, connection: Connection, fields: Fields, *, http10: bool, keep: bool, done: str, commit: float,
-        keepalive: float, date: Callable[[], str], now: float, notify: "Notify",
+        keepalive: float, date: Callable[[], str], leaving: Callable[[], bool], now: float, notify: "Notify",
     ) -> None:  # fmt: skip
         self._connection = connection
         self._fields = fields
@@ -108,6 +109,7 @@ class Live:
         self._notify = notify
         self._open = True
         self._date = date
+        self._leaving = leaving
         self.started = False
         self.due = now + commit
 
@@ -161,6 +163,7 @@ class Live:
 
     def _start(self, head: dict[str, str] | None, now: float) -> None:
         self.started = True
+        self._keep = self._keep and not self._leaving()
         self.due = now + self._keepalive
         self._connection.listener = self
         fields = [*self._fields, *render.STREAM_FIELDS, *render.br_fields(head)]

@@ -7,7 +7,7 @@ import socket
 import aiohttp
 import pytest
 
-from ingress.app import Ingress
+from ingress.listener import Listener
 from shared import settings as environment
 from shared.service import BootError
 from shared.wire.messages import Ask
@@ -200,4 +200,4 @@ async def test_a_port_that_is_taken_is_said_in_one_line() -> None:
         port = other.getsockname()[1]
         settings = environment.load({**ENV, "GATEWAY_PORT": str(port)})
         with pytest.raises(BootError, match=rf"cannot listen on 127.0.0.1 port {port} .*GATEWAY_PORT"):
-            await Ingress()._listen(settings)
+            await Listener(settings).start(asyncio.Protocol)

@@ -13,7 +13,7 @@ import pytest
 from shared.wire import errors, subjects
 from shared.wire.messages import Ask, Batch, Cancel, Credit, encode
 from tests.ingress.conftest import MakeWorld
-from tests.ingress.world import HEAD, KEY, SUMMARY, World, event
+from tests.ingress.world import HEAD, KEY, World, event
 
 CHAT = "/v1/chat/completions"
 BODY = {"model": "sim-fast", "messages": [{"role": "user", "content": "hi"}]}
@@ -514,62 +514,3 @@ async def test_58_59_a_client_that_takes_nothing_is_cut(make_world: MakeWorld, m
     assert not world.ingress._server.connections
     empty(world)
     sock.close()
-
-
-# ---- drain
-
-
-async def test_drain(make_world: MakeWorld, http: aiohttp.ClientSession) -> None:
-    """S1-H5: /ready 503, new requests 503, those in flight finish, then nothing listens."""
-    world = await make_world()
-    world.deaf = True
-    whole = asyncio.ensure_future(http.post(world.url + CHAT, json=BODY))
-    first = await world.ask()
-    stream = asyncio.ensure_future(http.post(world.url + CHAT, json=STREAM))
-    second = await world.ask()
-    provider = world.provider
-    provider.send(second, provider.accepted(second), provider.delta(second, event("a"), HEAD))
-    draining = asyncio.ensure_future(world.ingress.drain())
-    await asyncio.sleep(0.01)
-    async with http.get(world.url + "/ready") as answer:
-        assert answer.status == 503
-        assert (await answer.json())["draining"] is True
-    async with http.post(world.url + CHAT, json=BODY) as answer:
-        assert answer.status == 503
-        error = (await answer.json())["error"]
-        assert (error["code"], error["message"]) == ("shutting_down", "Service Unavailable - shutting down")
-        assert answer.headers["Connection"] == "close"
-    world.script(first, provider)
-    assert (await whole).status == 200
-    assert not draining.done()
-    provider.send(second, provider.end(second, SUMMARY))
-    async with await stream as answer:
-        assert (await answer.read()).endswith(b"data: [DONE]\n\n")
-    async with asyncio.timeout(3):
-        await draining
-    with pytest.raises(aiohttp.ClientConnectorError):
-        await http.get(world.url + "/health")
-
-
-async def test_drain_ends_what_does_not_finish(
-    make_world: MakeWorld, http: aiohttp.ClientSession, caplog: pytest.LogCaptureFixture
-) -> None:
-    """D8: whole requests get SHUTDOWN_DRAIN_MS, streams SHUTDOWN_STREAM_DRAIN_MS."""
-    world = await make_world(SHUTDOWN_DRAIN_MS="150", SHUTDOWN_STREAM_DRAIN_MS="400")
-    world.deaf = True
-    whole = asyncio.ensure_future(http.post(world.url + CHAT, json=BODY))
-    await world.ask()
-    stream = asyncio.ensure_future(http.post(world.url + CHAT, json=STREAM))
-    ask = await world.ask()
-    world.provider.send(ask, world.provider.accepted(ask), world.provider.delta(ask, event("a"), HEAD))
-    begun = time.monotonic()
-    draining = asyncio.ensure_future(world.ingress.drain())
-    async with await whole as answer:
-        assert answer.status == 503
-    assert 0.1 < time.monotonic() - begun < 0.35
-    async with await stream as answer:
-        assert code_of(await answer.read()) == "shutting_down"
-    assert 0.35 < time.monotonic() - begun < 1.0
-    await world.provider.cancelled()
-    await draining
-    assert "did not finish" in caplog.text
