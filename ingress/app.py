@@ -163,10 +163,7 @@ class Ingress:
         leaving = Leaving(
             door=self._door, desk=self._desk, server=self._server, listener=self._listener,
             siblings=self._ctx.rosters["ingress"], log=self._ctx.log,
-            times=Times(
-                whole=settings.shutdown_drain_ms / 1000,
-                streams=max(settings.shutdown_drain_ms, settings.shutdown_stream_drain_ms) / 1000,
-            ),
+            times=Times(whole=settings.shutdown_drain_ms / 1000, streams=settings.drain_s()),
         )  # fmt: skip
         await leaving.run()
         await self._listener.close()

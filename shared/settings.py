@@ -18,6 +18,10 @@ MIN_SECRET: Final = 32  # characters (S1-C1a)
 ROLES: Final = ("guardian", "routing", "provider")  # what WORKER_ROLES may name; the ingress is its own process
 SECRETS: Final = ("gateway_api_key", "key_pepper", "admin_api_key")
 
+#: After the requests have their answers: settlements that Redis did not take yet are tried for 21 s, then the
+#: connections are closed.
+SETTLE_S: Final = 25.0
+
 _SECRET: Final = re.compile(r"[A-Za-z0-9+/=_-]+\Z", re.ASCII)  # S1-C1b
 _MAKE_ONE: Final = "run `hotpath env`, or: openssl rand -hex 32"
 _DAY_MS: Final = 86_400_000
@@ -111,6 +115,11 @@ class Settings(Struct, frozen=True, kw_only=True):
     def budget_min_reservation(self) -> int:
         """The floor of a reservation in nano-USD."""
         return money.usd_to_nano(self.budget_min_reservation_usd)
+
+    def drain_s(self, *, streams: bool = True) -> float:
+        """Seconds that requests in flight may take after a SIGTERM (D8); `streams`: of a process that holds some."""
+        longest = max(self.shutdown_drain_ms, self.shutdown_stream_drain_ms) if streams else self.shutdown_drain_ms
+        return longest / 1000
 
     def nats_url_for(self, role: str) -> str:
         """The URL with the role's own user where one is set, else the common one."""

@@ -16,6 +16,7 @@ from typing import Any, Self, cast
 import pytest
 
 from shared import catalog, settings
+from shared.bus import pulse
 from shared.bus.base import Bus, BusUnavailable
 from shared.bus.memory import Broker
 from shared.bus.nats import NatsBus
@@ -23,10 +24,11 @@ from shared.service import BootError, Process, process
 from shared.state.base import StateUnavailable
 from shared.state.redis import State
 from shared.telemetry.log import Log
+from shared.telemetry.metrics import MetricsServer
 from shared.wire import subjects
 from shared.wire.messages import Beat, Cancel, decode_beat, encode
 from tests.bus.conftest import Seen
-from tests.service_role import Idle
+from tests.service_role import Idle, Stuck
 
 CATALOG = """
 [[endpoints]]
@@ -123,7 +125,8 @@ class Rig:
         self.seen = Seen()
         await self.broker.client("watcher").subscribe("hotpath.v1.beat.*.*", self.seen)
         self._task = asyncio.create_task(self.run())
-        await self.seen.count(len(self.roles))
+        while sum(not beat.booting for beat in self.beats) < len(self.roles):
+            await self.seen.count(len(self.seen.messages) + 1)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -146,13 +149,76 @@ async def test_boot_beats_and_drain(env: dict[str, str], log: Log) -> None:
         assert len(ctx.instance) == 12
         assert ctx.instance.isalnum()
         assert rig.state.calls == ["run"]
-        first = rig.beats[0]
+        booting, first = rig.beats[0], next(beat for beat in rig.beats if not beat.booting)
+        assert (booting.instance, booting.booting, booting.draining, booting.in_flight) == (ctx.instance, True, True, 0)
         assert (first.role, first.instance, first.capacity, first.draining) == ("guardian", ctx.instance, 5, False)
         assert set(ctx.rosters) == {"guardian", "routing"}
     assert role.drained
     assert rig.beats[-1].draining
     assert rig.state.calls == ["run", "close"]
     assert not rig.buses[0].connected
+
+
+async def test_the_order_of_the_end(env: dict[str, str], log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    """S1-H5d: no work any more, what is in flight ends, the bus goes, Redis, the metrics: nothing is recorded to what
+    is closed already. (The log is last of all: test_a_real_process reads it to its end.)"""
+    order: list[str] = []
+
+    class Busy(Idle):
+        async def drain(self) -> None:
+            assert rig.beats[-1].draining
+            order.append("drain")
+            await asyncio.sleep(0.05)  # a settlement, say
+            order.append("settled")
+
+    rig = Rig(env, log, Busy())
+    async with rig:
+        rig.state.calls = order
+        close_bus, close_server = rig.buses[0].close, MetricsServer.close
+
+        async def bus_closed() -> None:
+            order.append("bus")
+            await close_bus()
+
+        async def server_closed(server: Any) -> None:
+            order.append("metrics")
+            await close_server(server)
+
+        rig.buses[0].close = bus_closed
+        monkeypatch.setattr(MetricsServer, "close", server_closed)
+    assert order == ["drain", "settled", "bus", "close", "metrics"]
+
+
+async def test_a_drain_has_its_bound(
+    env: dict[str, str], log: Log, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A role that never ends, and a Redis that does not close, hold nobody up for ever."""
+    monkeypatch.setattr(process, "SETTLE_S", 0.1)
+    monkeypatch.setattr(process, "CLOSE_S", 0.1)
+    env |= {"SHUTDOWN_DRAIN_MS": "100", "SHUTDOWN_STREAM_DRAIN_MS": "0"}
+    rig = Rig(env, log, Stuck())
+    rig.state.close = asyncio.Event().wait  # type: ignore[method-assign, assignment]
+    async with asyncio.timeout(5):
+        async with rig:
+            pass
+    log.close()
+    text = (tmp_path / "log").read_text()
+    assert '"late":1' in text.replace(" ", "")
+    assert "could not close Redis in time" in text
+
+
+async def test_processes_that_boot_together_do_not_wait_for_each_other(
+    env: dict[str, str], log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each tells that it is booting before it waits to hear the others: a cold start takes no beat longer."""
+    monkeypatch.setattr(pulse, "ACQUAINT_S", 60)
+    broker = Broker()
+    rigs = [Rig(env, log, Idle(role), broker=broker) for role in ("guardian", "routing")]
+    async with asyncio.timeout(5):
+        tasks = [asyncio.create_task(rig.__aenter__()) for rig in rigs]
+        await asyncio.gather(*tasks)
+    for rig in rigs:
+        await rig.__aexit__()
 
 
 async def test_several_roles_share_a_connection_and_have_their_own_instances(env: dict[str, str], log: Log) -> None:

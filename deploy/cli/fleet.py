@@ -15,14 +15,16 @@ from deploy.cli import confs
 from deploy.cli.credentials import ROLES, nats_password
 from deploy.cli.slot import Spec
 from deploy.cli.supervise import ORDER, OTHER
-from shared.settings import Settings
+from shared.settings import SETTLE_S, Settings
 from shared.settings import load as load_settings
 
 #: Keys whose presence means that a real provider is meant.
 PROVIDER_KEYS: Final = ("OPENAI_API_KEY",)
 #: What stands for a provider's key in the roles that only need to know that there is one.
 KEY_ELSEWHERE: Final = "held-by-the-provider-role"
-MARGIN_S: Final = 5.0  # a drain that takes its whole time still ends by itself
+STREAMING: Final = frozenset({"ingress", "provider"})  # roles that hold streams
+SERVER_S: Final = 5.0  # for NATS and the simulator, which hold nothing
+MARGIN_S: Final = 10.0  # a drain that takes its whole time still closes its connections and ends by itself
 
 Missing = servers.ServerMissing
 
@@ -162,7 +164,7 @@ def _add_nats(result: Plan, env: Mapping[str, str], secrets: Mapping[str, str], 
             env=bare(env),
             log=_log(result.data, "nats", 1),
             order=ORDER["nats"],
-            grace=MARGIN_S,
+            grace=SERVER_S,
             probe=partial(servers.wait_port_async, port),
             quiet=True,
         )
@@ -182,7 +184,7 @@ def _add_redis(result: Plan, env: Mapping[str, str], secrets: Mapping[str, str])
             env=bare(env),
             log=_log(result.data, "redis", 1),
             order=ORDER["redis"],
-            grace=2 * MARGIN_S,
+            grace=MARGIN_S,
             probe=partial(servers.wait_port_async, port),
             quiet=True,
         )
@@ -202,7 +204,7 @@ def _add_simulator(result: Plan, env: Mapping[str, str]) -> str:
             env=bare(env),
             log=_log(result.data, "simulator", 1),
             order=ORDER["simulator"],
-            grace=MARGIN_S,
+            grace=SERVER_S,
         )
     )
     return str(confs.sim_catalog(result.data, result.simulator_url))
@@ -212,8 +214,6 @@ def _add_roles(
     result: Plan, env: Mapping[str, str], fd: int, settings: Settings,
     roles: Mapping[str, list[str]], scale: Mapping[str, int],
 ) -> None:  # fmt: skip
-    streams = max(settings.shutdown_drain_ms, settings.shutdown_stream_drain_ms) / 1000 + MARGIN_S
-    short = settings.shutdown_drain_ms / 1000 + MARGIN_S
     path = f"{os.path.dirname(sys.executable)}{os.pathsep}{env.get('PATH', os.defpath)}"  # noqa: PTH120 - of the venv, not what it links to
     held = provider_keys(env.get("HOTPATH_CATALOG") or settings.hotpath_catalog)
     for role, command in roles.items():
@@ -232,7 +232,7 @@ def _add_roles(
                     env=own,
                     log=_log(result.data, role, number),
                     order=ORDER.get(role, OTHER),
-                    grace=streams if role in {"ingress", "provider"} else short,
+                    grace=settings.drain_s(streams=role in STREAMING) + SETTLE_S + MARGIN_S,
                     fds=(fd,) if listens else (),
                 )
             )

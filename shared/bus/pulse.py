@@ -56,6 +56,7 @@ class Pulse:
         self._living: list[Living] = []
         self._url = ""
         self._draining = False
+        self._booting = False
         self._sent = 0
         self._beat_timer: asyncio.TimerHandle | None = None
         self._look_timer: asyncio.TimerHandle | None = None
@@ -68,24 +69,36 @@ class Pulse:
             await bus.subscribe(subjects.beat(role, "*"), self._on_beat)
 
     async def acquaint(self, roles: AbstractSet[str]) -> None:
-        """Return once each of these roles was heard, or after one beat: after `listen`, before work is taken.
+        """Return once each of these roles was heard, or after one beat: after `listen`, before work is taken. An
+        instance that is booting counts: it will take work when we do. One that leaves does not.
 
         A worker that took work before it knew whom to hand it to could only refuse it, at once, and would be sent more
         for being idle: 300 refusals in the half second after a guardian's restart (measured).
         """
         now = time.monotonic()
-        self._awaited = {role for role in roles if not self._rosters[role].alive(now)}
+        self._awaited = {role for role in roles if not any(map(_stays, self._rosters[role].alive(now)))}
         if self._awaited:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._acquainted.wait(), ACQUAINT_S)
             self._awaited = set()
 
+    def announce(self, living: list[Living]) -> None:
+        """Say that these are booting: they are to be sent nothing yet, but nobody need wait to hear of them."""
+        self._booting = True
+        self._begin(living)
+
     def start(self, living: list[Living], metrics_url: str) -> None:
         """Say at once that these live, and go on saying it."""
-        self._living = living
+        self._booting = False
         self._url = metrics_url
+        self._sent = 0
+        self._begin(living)
+
+    def _begin(self, living: list[Living]) -> None:
+        self._living = living
         self.beat()
-        self._look(time.monotonic())
+        if self._look_timer is None:
+            self._look(time.monotonic())
 
     def drain(self) -> None:
         """Say that nothing more should be sent here; the beats go on."""
@@ -115,10 +128,11 @@ class Pulse:
                 role=one.role,
                 instance=one.instance,
                 pid=os.getpid(),
-                in_flight=one.in_flight(),
+                in_flight=0 if self._booting else one.in_flight(),
                 capacity=one.capacity,
-                draining=self._draining,
+                draining=self._draining or self._booting,
                 metrics=self._url,
+                booting=self._booting,
             )
             try:
                 one.bus.publish(subjects.beat(one.role, one.instance), encode(beat))
@@ -136,7 +150,7 @@ class Pulse:
             self.ignored += 1
             return
         self._rosters[beat.role].on_beat(beat, time.monotonic())
-        if self._awaited:
+        if self._awaited and _stays(beat):
             self._awaited.discard(beat.role)
             if not self._awaited:
                 self._acquainted.set()
@@ -150,3 +164,8 @@ class Pulse:
                 roster.grace(now, late + LOOK_S)
             self.stalls += 1
             _log.warning("the event loop stood still", extra={"ms": int(late * 1000)})
+
+
+def _stays(beat: Beat) -> bool:
+    """Whether it takes work, or is about to."""
+    return beat.booting or not beat.draining

@@ -19,6 +19,8 @@ from shared.wire import subjects
 KEEP_S: Final = 1.0
 MAX_KEPT: Final = 16_384
 MAX_KEPT_BYTES: Final = 64 * 1024 * 1024
+#: A message goes to as many instances one after the other; who dies faster than that leaves nobody to send to.
+MAX_ROUNDS: Final = 5
 
 _NOBODY: Final[frozenset[str]] = frozenset()
 
@@ -130,6 +132,18 @@ class Sender:
         self.resent += 1
         if kept.lost is not None:
             kept.lost(dead, following)
+
+    async def settled(self) -> None:
+        """Return once no 503 can come any more for what was sent: NATS answers a PING after what came before it. While
+        the bus is away nothing can come either."""
+        for _ in range(MAX_ROUNDS):
+            sent = self._number
+            try:
+                await self._bus.flush()
+            except BusUnavailable:
+                return
+            if self._number == sent:
+                return
 
     def sweep(self, now: float) -> None:
         """Forget what no 503 can concern any more, and the oldest beyond the bounds."""

@@ -9,7 +9,7 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from typing import Any, Final, Protocol, TypeVar
 
@@ -21,7 +21,7 @@ from shared.bus.roster import Roster
 from shared.bus.sender import Sender
 from shared.catalog import Catalog
 from shared.service.contract import BootError, Context, Role
-from shared.settings import Settings
+from shared.settings import ROLES, SETTLE_S, Settings
 from shared.state.base import StateUnavailable
 from shared.state.redis import State
 from shared.telemetry.log import Log
@@ -33,7 +33,7 @@ EXIT_FAULT: Final = 1
 CONNECT_S: Final = 10.0  # how long the first connection is tried
 RETRY_S: Final = 0.1
 ENVELOPE_BYTES: Final = 65_536  # what an envelope may add to the largest body (DESIGN 3)
-DRAIN_MARGIN_S: Final = 5.0  # over the roles' own drain bounds, for settling and closing
+CLOSE_S: Final = 3.0  # for each connection
 
 T = TypeVar("T")
 
@@ -137,21 +137,22 @@ class Process:
         for role in self._roles:
             self._contexts.append(self._context(role, state, server))
         await self._subscribe(state)
-        await self._pulse.acquaint(self._rosters.keys() - self._instances.keys())
+        self._pulse.announce(self._living())
+        await self._pulse.acquaint((self._rosters.keys() & set(ROLES)) - self._instances.keys())
         for role, ctx in zip(self._roles, self._contexts, strict=True):
             await ctx.sender.start()
             await role.start(ctx)
         server.start()
         gc.collect()
         gc.freeze()  # what is loaded now lives as long as the process: full collections need not walk it
-        self._pulse.start(
-            [
-                Living(role.name, ctx.instance, role.capacity, role.in_flight, ctx.bus, ctx.sender)
-                for role, ctx in zip(self._roles, self._contexts, strict=True)
-            ],
-            server.url,
-        )
+        self._pulse.start(self._living(), server.url)
         self._say_ready(server.url)
+
+    def _living(self) -> list[Living]:
+        return [
+            Living(role.name, ctx.instance, role.capacity, role.in_flight, ctx.bus, ctx.sender)
+            for role, ctx in zip(self._roles, self._contexts, strict=True)
+        ]
 
     async def _connect(self) -> None:
         """Redis and NATS at once. Raises BootError of the first that fails."""
@@ -319,9 +320,8 @@ class Process:
     async def _drain(self) -> None:
         self._log.info("draining", extra={"in_flight": sum(role.in_flight() for role in self._roles)})
         self._pulse.drain()
-        bound = max(self._settings.shutdown_drain_ms, self._settings.shutdown_stream_drain_ms) / 1000 + DRAIN_MARGIN_S
         drains = [asyncio.ensure_future(role.drain()) for role in self._roles]
-        done, late = await asyncio.wait(drains, timeout=bound)
+        done, late = await asyncio.wait(drains, timeout=self._settings.drain_s() + SETTLE_S)
         for task in late:
             task.cancel()
         for task in done:
@@ -330,14 +330,21 @@ class Process:
         self._log.info("drained", extra={"late": len(late)})
 
     async def _release(self) -> None:
-        """Close what is open, however far the boot came."""
+        """Close what is open, however far the boot came: the bus, Redis, the metrics; the log is the caller's
+        (S1-H5d)."""
         self._pulse.stop()
-        if self._server is not None:
-            await self._server.close()
         for bus in self._buses.values():
-            await bus.close()
+            await self._close("NATS", bus.close())
         if self._state is not None:
-            await self._state.close()
+            await self._close("Redis", self._state.close())
+        if self._server is not None:
+            await self._close("metrics", self._server.close())
+
+    async def _close(self, what: str, closing: Coroutine[Any, Any, None]) -> None:
+        try:
+            await asyncio.wait_for(closing, CLOSE_S)
+        except TimeoutError:
+            self._log.warning("could not close %s in time", what)
 
 
 def _count_alive(roster: Roster) -> int:

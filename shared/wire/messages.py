@@ -253,8 +253,9 @@ class Beat(Struct, frozen=True, kw_only=True, omit_defaults=True):
     pid: int = 0
     in_flight: int = 0
     capacity: int = 0
-    draining: bool = False
+    draining: bool = False  # alive, and to be sent nothing
     metrics: str = ""  # URL of the process's /metrics
+    booting: bool = False  # draining, and about to take work
 
 
 class Outcome(Struct, frozen=True, array_like=True):

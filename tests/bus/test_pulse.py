@@ -110,6 +110,34 @@ async def test_the_others_are_heard_before_work_is_taken(monkeypatch: pytest.Mon
         await pulse.acquaint(set())
 
 
+async def test_who_boots_is_heard_and_who_leaves_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An instance that boots will take work when we do; one that leaves will not, so its beat ends no wait."""
+    monkeypatch.setattr(module, "ACQUAINT_S", 5)
+    bus, seen = Broker().client("one"), Seen()
+    await bus.subscribe(subjects.beat("guardian", "*"), seen)
+    roster = Roster("routing")
+    pulse = Pulse({"routing": roster})
+    await pulse.listen(bus)
+    pulse.announce([living(bus)])
+    await seen.count(1)
+    first = decode_beat(seen.payloads[0])
+    assert (first.booting, first.draining, first.in_flight, first.metrics) == (True, True, 0, "")
+    waiting = asyncio.ensure_future(pulse.acquaint({"routing"}))
+    bus.publish(subjects.beat("routing", "r1"), encode(Beat(role="routing", instance="r1", draining=True)))
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    boots = Beat(role="routing", instance="r2", draining=True, booting=True)
+    bus.publish(subjects.beat("routing", "r2"), encode(boots))
+    async with asyncio.timeout(1):
+        await waiting
+        await pulse.acquaint({"routing"})
+    assert roster.pick(time.monotonic()) is None, "neither gets work"
+    pulse.start([living(bus)], "http://m")
+    await seen.count(2)
+    assert not decode_beat(seen.payloads[-1]).draining
+    pulse.stop()
+
+
 async def test_nobody_is_waited_for_longer_than_a_beat(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ACQUAINT_S", 0.01)
     pulse = Pulse({"routing": Roster("routing")})

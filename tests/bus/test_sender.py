@@ -95,6 +95,15 @@ async def test_with_none_left_the_caller_is_told_once(world: World) -> None:
         world.send()
 
 
+async def test_what_was_sent_can_be_waited_for(world: World) -> None:
+    """A process that leaves hears of every message that nobody took, over all instances it went to."""
+    world.beat("w1", "w2", "w3")
+    world.send(b"mine")
+    await world.sender.settled()
+    assert world.undeliverable == ["mine"]
+    assert len(world.lost) == 2
+
+
 async def test_each_instance_is_tried_at_most_once_even_if_it_beats_again() -> None:
     """A beat that was on its way when its instance died must not make two dead instances play ball."""
     bus = Broker().client("sender")

@@ -118,6 +118,7 @@ class Guardian:
         timeout = self._ctx.settings.shutdown_drain_ms / 1000
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=timeout)
+        await self._ctx.sender.settled()  # what could not be handed on is void
         await self._voids.drain(timeout)
         if self._sweeper is not None:
             self._sweeper.cancel()

@@ -38,6 +38,11 @@ SWEEP_S: Final = 5.0  # idle connections are looked at
 MAX_BEHIND: Final = 10_000
 #: Seconds between the tries of what Redis did not take.
 WAITS: Final = (0.0, 1.0, 4.0, 16.0)
+#: A drain waits for them, but no longer than their last try.
+LATE_S: Final = sum(WAITS) + 1
+#: And for the look-up of a key in Redis, which answers within 100 ms or fails.
+CHECK_S: Final = 1.0
+MAX_NAMED: Final = 20  # requests named in one log line
 
 
 class Target(Struct, frozen=True):
@@ -61,6 +66,7 @@ class Provider:
         self._walks: dict[Walk, asyncio.Task[None]] = {}
         self._serving: set[tuple[str, str, int]] = set()  # tenant, rid and delivery of each walk
         self._behind: set[asyncio.Task[None]] = set()
+        self._checks: set[asyncio.Task[None]] = set()
         self._draining = False
         self._timers: list[asyncio.TimerHandle] = []
         self._subscription: Subscription | None = None
@@ -104,20 +110,28 @@ class Provider:
         """Whole answers get SHUTDOWN_DRAIN_MS, streams SHUTDOWN_STREAM_DRAIN_MS (D8); the rest is told and settled."""
         if self._subscription is not None:
             await self._subscription.drain()  # what was sent before routing heard that we leave is still served
+        if self._checks:  # a key made a moment ago: one round trip to Redis
+            await asyncio.wait(self._checks, timeout=CHECK_S)
         self._draining = True
         whole = [task for walk, task in self._walks.items() if not walk.streams]
         end = self.loop.time() + self.settings.shutdown_stream_drain_ms / 1000
         if whole:
             await asyncio.wait(whole, timeout=self.settings.shutdown_drain_ms / 1000)
-        for walk in [walk for walk in self._walks if not walk.streams]:
-            walk.shut_down()
+        self._shut_down([walk for walk in self._walks if not walk.streams])
         if self._walks:
             await asyncio.wait(self._walks.values(), timeout=max(0.0, end - self.loop.time()))
-        for walk in list(self._walks):
-            walk.shut_down()
+        self._shut_down(list(self._walks))
         if self._walks:
             await asyncio.wait(self._walks.values(), timeout=1 + self.settings.cancel_drain_ms / 1000)
         await self._close(end)
+
+    def _shut_down(self, walks: list[Walk]) -> None:
+        """S1-H5c: say what did not finish, and end it."""
+        if walks:
+            named = [walk.rid for walk in walks[:MAX_NAMED]]
+            self.log.warning("ending requests that did not finish", extra={"count": len(walks), "rids": named})
+        for walk in walks:
+            walk.shut_down()
 
     async def _close(self, end: float) -> None:
         await self.mux.wait_closed(max(0.0, end - self.loop.time()))  # terminals behind bytes that wait for credit
@@ -126,13 +140,20 @@ class Provider:
         self._control.close()
         for timer in self._timers:
             timer.cancel()
-        await self._voids.drain(1.0)
-        if self._behind:
-            _, late = await asyncio.wait(self._behind, timeout=1.0)
-            for task in late:
-                task.cancel()
+        await asyncio.gather(self._voids.drain(LATE_S), self._settle_late())
         for target in self._targets.values():
             target.pool.close()
+
+    async def _settle_late(self) -> None:
+        """Money that Redis did not take yet: what is given up here stays unconfirmed until reconcile."""
+        if not self._behind:
+            return
+        self.log.warning("waiting for Redis to take what is still to be settled", extra={"count": len(self._behind)})
+        _, late = await asyncio.wait(self._behind, timeout=LATE_S)
+        for task in late:
+            task.cancel()
+        if late:
+            self.log.error("settlements were left unconfirmed", extra={"count": len(late)})
 
     def _make_targets(self) -> None:
         """One pool for each endpoint; one target for each step that the catalogue names."""
@@ -170,9 +191,12 @@ class Provider:
         since = self.queue.read(self.loop.time())
         ask = message.ask
         if self.state.registry.lookup(ask.tenant, ask.key) is None:
+            if len(self._checks) >= self.capacity:
+                self._refuse(message, errors.Overloaded())
+                return
             task = self.loop.create_task(self._check(message))
-            self._behind.add(task)
-            task.add_done_callback(self._behind.discard)
+            self._checks.add(task)
+            task.add_done_callback(self._checks.discard)
         else:
             self._take(message, since)
 

@@ -73,6 +73,7 @@ class Routing:
             await subscription.drain()
         timeout = self._ctx.settings.shutdown_drain_ms / 1000
         await self._learner.drain(timeout)
+        await self._ctx.sender.settled()  # what could not be handed on is void
         await self._voids.drain(timeout)
 
     def _on_route(self, _subject: str, _reply: str, payload: bytes, _no_responders: bool) -> None:

@@ -596,6 +596,50 @@ async def test_drain_ends_what_takes_too_long_with_an_error(valkey_url: str) -> 
             assert entry.cost >= line["cost_nano_usd"]
 
 
+async def test_drain_waits_for_money_that_redis_does_not_take_yet(
+    valkey_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S1-H5d: a settlement is tried to its end before the process goes."""
+    monkeypatch.setattr("workers.provider.call.WAITS", (0.0, 1.2))
+    async with running(valkey_url) as rig:
+        ledger, real, failing = rig.ctx.state.ledger, rig.ctx.state.ledger.settle, [True, True]
+
+        async def settle(**fields: Any) -> str:
+            if failing:
+                failing.pop()
+                raise StateUnavailable("away")
+            return await real(**fields)
+
+        monkeypatch.setattr(ledger, "settle", settle)
+        request = await rig.send("[[sim chunks=3]]")
+        assert (await rig.answer(request)).end.summary.settled is False
+        await rig.provider.drain()
+        [entry], [line] = await rig.entries(request.rid), await rig.bill(request.rid)
+        assert (entry.state, entry.cost) == ("settled", line["cost_nano_usd"])
+
+
+async def test_drain_serves_what_came_with_a_key_it_looks_up(valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request whose key was made a moment ago had come before we left: it is served, not refused."""
+    async with running(valkey_url) as rig:
+        registry, asked, answer = rig.ctx.state.registry, asyncio.Event(), asyncio.Event()
+        known = registry.lookup
+
+        async def find(tenant: str, key: str) -> Any:
+            asked.set()
+            await answer.wait()
+            return known(tenant, key)
+
+        monkeypatch.setattr(registry, "lookup", lambda _tenant, _key: None)
+        monkeypatch.setattr(registry, "find", find)
+        request = await rig.send("[[sim chunks=3]]")
+        await asked.wait()
+        draining = asyncio.create_task(rig.provider.drain())
+        await asyncio.sleep(0.01)
+        answer.set()
+        assert (await rig.answer(request)).end.summary.output_tokens == 3
+        await draining
+
+
 async def test_accepted_travels_with_what_comes(valkey_url: str) -> None:
     """A fast whole answer is one NATS message: Accepted, Delta, End."""
     async with running(valkey_url, REPLY_MUX_MS="50") as rig:
