@@ -360,17 +360,6 @@ async def test_drain_finishes_what_came(rig):
     assert rig.role.in_flight() == 0
 
 
-async def test_drain_gives_back_what_nobody_takes(rig):
-    """NATS's 503 for the last messages comes before the guardian has gone: nothing stays reserved."""
-    owner = await tenant(rig)
-    rig.ctx.rosters["routing"].dead("next")
-    rig.beat("routing", "gone")
-    rig.to_role(admit(ask(*owner)))
-    await rig.role.drain()
-    assert (await rig.next_failed()).error.code == "no_worker"
-    assert await pending(rig, owner[0]) == 0
-
-
 # ---- direct publishers -----------------------------------------------------------------------------------------------
 
 

@@ -122,22 +122,6 @@ async def test_no_provider_voids_and_says_503(rig):
     assert {level.pending for level in await ledger.balances(tenant=made.tenant_id)} == {0}
 
 
-async def test_drain_gives_back_what_nobody_takes(rig):
-    """As the guardian's: NATS's 503 is awaited, then the void."""
-    made = await rig.ctx.state.create_key(f"t{secrets.token_hex(4)}", 10**9, "month")
-    ledger, now = rig.ctx.state.ledger, rig.ctx.state.clock.now()
-    request = ask(made.tenant_id, made.key_id)
-    await ledger.reserve(
-        tenant=made.tenant_id, rid=request.rid, delivery=1, amount=5, deadline=now + 9000, not_after=now + 1000
-    )
-    rig.ctx.rosters["provider"].dead("next")
-    rig.beat("provider", "gone")
-    rig.to_role(encode(Route(ask=request, admission=admission())))
-    await rig.role.drain()
-    assert (await rig.next_failed()).error.code == "no_worker"
-    assert {level.pending for level in await ledger.balances(tenant=made.tenant_id)} == {0}
-
-
 async def test_what_was_not_reserved_is_not_voided(rig):
     away = without_redis(rig)
     rig.ctx.rosters["provider"].dead("next")
