@@ -117,7 +117,7 @@ async def test_who_boots_is_heard_and_who_leaves_is_not(monkeypatch: pytest.Monk
     await bus.subscribe(subjects.beat("guardian", "*"), seen)
     roster = Roster("routing")
     pulse = Pulse({"routing": roster})
-    await pulse.listen(bus)
+    await pulse.listen(bus, {"routing"})
     pulse.announce([living(bus)])
     await seen.count(1)
     first = decode_beat(seen.payloads[0])
