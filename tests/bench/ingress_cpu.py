@@ -1,4 +1,4 @@
-"""CPU of the ingress alone, per unary request and per 1000 streamed chunks: a fake worker side answers in process.
+"""CPU of the ingress alone, per unary request, per refusal and per streamed chunk: fake workers answer in process.
 
     python -m tests.bench.ingress_cpu [--requests 20000] [--profile]
 
@@ -118,6 +118,16 @@ def fake_side(ask: Ask, worker: Worker, count: int, make: object) -> float:
     return (cpu() - before) / count * 1e6
 
 
+async def refusals(world: World, requests: int) -> None:
+    """What a request costs that finds the process full."""
+    door = world.ingress._door
+    assert door is not None
+    most, door._max = door._max, 0
+    used, wall = await load(world, requests, 64, BODY, b'"overloaded"}}')
+    door._max = most
+    print(f"refused  : {used / requests * 1e6:7.1f} us CPU a request, {requests / wall:7.0f} requests/s")
+
+
 async def main(requests: int, profile: bool) -> None:
     world = World()
     world.broker.client = lambda name, on_change=None: DirectBus(world.broker, name, on_change)  # type: ignore[method-assign]
@@ -134,6 +144,7 @@ async def main(requests: int, profile: bool) -> None:
         profiler.disable()
         pstats.Stats(profiler).sort_stats("tottime").print_stats(45)
     print(f"unary c64: {used / requests * 1e6:7.1f} us CPU a request, {requests / wall:7.0f} requests/s")
+    await refusals(world, requests)
     chunks, streams = 200, max(requests // 100, 64)
     world.script = stream_of(chunks)  # type: ignore[assignment]
     profiler = cProfile.Profile()
