@@ -18,6 +18,7 @@ from ingress.wheel import Wheel
 from shared.bus.base import BusUnavailable, PayloadTooLarge
 from shared.bus.sender import NoLiveInstance, Sender
 from shared.core import stream
+from shared.core.overload import Allowance
 from shared.core.stream import Deliver, Event, Fail, Finish, Limits, Stop, Stream, Write
 from shared.service.killat import reach, reach_soon
 from shared.wire import errors
@@ -70,7 +71,19 @@ class Control(Protocol):
 class Desk:
     """What all exchanges of this process share."""
 
-    __slots__ = ("clock", "control", "exchanges", "handoff", "instance", "now_ms", "opened", "pid", "sender", "wheel")
+    __slots__ = (
+        "_allowance",
+        "clock",
+        "control",
+        "exchanges",
+        "handoff",
+        "instance",
+        "now_ms",
+        "opened",
+        "pid",
+        "sender",
+        "wheel",
+    )
 
     control: Control  # set once, by whoever makes both
 
@@ -87,6 +100,11 @@ class Desk:
         self.clock = clock
         self.opened = 0
         self.exchanges: dict[int, Exchange] = {}
+        self._allowance = Allowance()
+
+    def may_repeat(self) -> bool:
+        """Whether one more declined request may be delivered again."""
+        return self._allowance.spend(self.opened)
 
     def enter(self, exchange: "Exchange") -> None:
         """From now on frames find it."""
@@ -148,6 +166,16 @@ class Exchange:
         if not self.machine.delivery or self.waiting_on != self.machine.holder:
             self._accepted(now)
         self._act(events)
+
+    def declined(self, delivery: int, now: float) -> bool:
+        """A worker sent this delivery back before it was begun. True: made again, as if its guardian were dead."""
+        machine = self.machine
+        guardian = machine.waits_on()
+        newest = machine.state == stream.WAITING and delivery == machine.newest
+        if not newest or not guardian or delivery >= stream.MAX_DELIVERIES or not self.desk.may_repeat():
+            return False
+        self._act(machine.died(guardian, now))
+        return True
 
     def died(self, instance: str, now: float) -> None:
         """An instance this request waits on is dead."""

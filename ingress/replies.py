@@ -16,7 +16,18 @@ from ingress.deliver import HALF_WINDOW, Desk, Exchange
 from shared.bus.base import Bus, BusUnavailable, Subscription
 from shared.bus.roster import Roster
 from shared.wire import errors, subjects
-from shared.wire.messages import Accepted, Batch, Cancel, Credit, Delta, Frame, decode_batch, decode_frame, encode
+from shared.wire.messages import (
+    Accepted,
+    Batch,
+    Cancel,
+    Credit,
+    Delta,
+    Failed,
+    Frame,
+    decode_batch,
+    decode_frame,
+    encode,
+)
 
 TICK_S: Final = 0.25
 SILENT_S: Final = 1.5
@@ -25,6 +36,8 @@ STALL_S: Final = 0.25
 GRACE_S: Final = 0.5  # one beat
 #: Delta bytes a provider may send us beyond what we have read (DESIGN 3).
 PAIR_WINDOW: Final = 16 * 1024 * 1024
+#: What a worker answers that took nothing of the request upon it: full, shed, or about to end.
+NOT_BEGUN: Final = frozenset((errors.Overloaded.code, errors.ShuttingDown.code))
 #: An idle pair is forgotten; its next batch tells the offset again.
 FORGET_S: Final = 60.0
 
@@ -106,7 +119,10 @@ class Replies:
                 self.unknown_frames += 1
                 continue
             exchange = exchanges.get(frame.stream)
-            if exchange is not None:
+            if type(frame) is Failed and frame.error.code in NOT_BEGUN and exchange is not None:
+                if not self._elsewhere(exchange, frame, batch, now):
+                    exchange.frame(frame, batch.instance, now)
+            elif exchange is not None:
                 exchange.frame(frame, batch.instance, now)
             else:
                 self._stray(frame, batch.instance, told)
@@ -124,6 +140,14 @@ class Replies:
         pair.heard = now
         pair.read = max(pair.read, batch.offset)
         return pair
+
+    def _elsewhere(self, exchange: Exchange, frame: Failed, batch: Batch, now: float) -> bool:
+        """A worker declined before it began: no call was made, so another one may have the request (it is no retry)."""
+        roster = self._rosters.get(batch.role)
+        if frame.seq or roster is None:
+            return False
+        roster.full(batch.instance)
+        return roster.pick(now, {batch.instance}) is not None and exchange.declined(frame.delivery, now)
 
     def _stray(self, frame: Frame, instance: str, told: set[tuple[int, int]]) -> None:
         """A stream that is gone: an Accepted or text for it is answered with cancel, once a batch."""

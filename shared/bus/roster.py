@@ -115,6 +115,12 @@ class Roster:
         if member is not None:
             member.sent += 1
 
+    def full(self, instance: str) -> None:
+        """`instance` declined a request: it counts as full until its next beat tells its load."""
+        member = self._members.get(instance)
+        if member is not None:
+            member.sent = max(member.sent, member.beat.capacity, 1)
+
     def dead(self, instance: str) -> None:
         """`instance` was found dead (503) or frozen: nothing goes there until its next beat."""
         member = self._members.get(instance)

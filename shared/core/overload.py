@@ -26,6 +26,10 @@ BURST_S: Final = 1.0
 TURN_S: Final = 0.005
 #: Fewer late ones say nothing: each may have met a stall of its own.
 FEW: Final = 16
+#: Of declined requests that may be delivered again: a share of all, and so many at once. A retry budget, as Finagle's
+#: and gRPC's, though no call upstream is repeated.
+ALLOWED: Final = 0.1
+CREDIT: Final = 100.0
 #: A loop that did nothing for so long after the last begin has slept: its queue was empty. Five times the turn of a
 #: process with 64 requests under way.
 NAP_S: Final = 0.005
@@ -99,6 +103,28 @@ class Queue:
         """The longest wait of a request that was begun since this was last asked, in seconds."""
         worst, self._worst = self._worst, 0.0
         return worst
+
+
+class Allowance:
+    """Second deliveries of what a worker declined, by credit.
+
+    One hot worker of four is relieved by the others; when all are full their refusals bring little more work.
+    """
+
+    __slots__ = ("_credit", "_seen")
+
+    def __init__(self) -> None:
+        self._credit = CREDIT
+        self._seen = 0
+
+    def spend(self, requests: int) -> bool:
+        """Whether one more may be made, when there were so many `requests` in all."""
+        self._credit = min(CREDIT, self._credit + (requests - self._seen) * ALLOWED)
+        self._seen = requests
+        if self._credit < 1:
+            return False
+        self._credit -= 1
+        return True
 
 
 class Shares:

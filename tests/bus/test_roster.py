@@ -71,6 +71,19 @@ def test_what_was_sent_since_the_last_beat_counts_as_load() -> None:
     assert picks(roster, 0.2) == {"b": 400}
 
 
+def test_who_declined_counts_as_full_until_its_next_beat() -> None:
+    """Issue 3: one hot guardian of two; nobody else is not worse than it, so it is still taken when alone."""
+    hot = Beat(role="guardian", instance="hot", in_flight=3, capacity=100)
+    roster = roster_of(hot, beat("b", 50))
+    assert picks(roster, 0.1) == {"hot": 400}
+    roster.full("hot")
+    assert picks(roster, 0.1) == {"b": 400}
+    assert roster.pick(0.1, {"b"}) == "hot"
+    roster.full("nobody")
+    roster.on_beat(hot, 0.2)
+    assert picks(roster, 0.2) == {"hot": 400}
+
+
 def test_a_beat_replaces_what_was_counted_since_the_last_one() -> None:
     roster = roster_of(beat("a", 3), beat("b", 0))
     for _ in range(10):

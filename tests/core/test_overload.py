@@ -9,7 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import Struct
 
-from shared.core.overload import BURST, FEW, INTERVAL_S, PAUSE_S, TURN_S, WAIT_S, Queue, Shares
+from shared.core.overload import (
+    ALLOWED,
+    BURST,
+    CREDIT,
+    FEW,
+    INTERVAL_S,
+    PAUSE_S,
+    TURN_S,
+    WAIT_S,
+    Allowance,
+    Queue,
+    Shares,
+)
 
 READ_S = 0.000_015
 SHED_S = 0.000_030
@@ -159,6 +171,19 @@ def test_the_worst_wait_is_told_once():
     queue.begin(1.0, 1.01)
     assert queue.worst() == pytest.approx(0.03)
     assert queue.worst() == 0.0
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20)), max_size=80))
+def test_the_allowance_is_a_tenth_and_a_hundred(events):
+    """However declines come, second deliveries stay under CREDIT + ALLOWED of the requests."""
+    allowance, requests, made = Allowance(), 0, 0
+    for more, declined in events:
+        requests += more
+        made += sum(allowance.spend(requests) for _ in range(declined))
+        assert made <= CREDIT + ALLOWED * requests + 1e-6
+    fresh = Allowance()
+    assert sum(fresh.spend(0) for _ in range(200)) == CREDIT
+    assert sum(fresh.spend(200) for _ in range(200)) == pytest.approx(200 * ALLOWED, abs=1)
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.booleans()), max_size=60), st.integers(1, 4))

@@ -3,16 +3,20 @@
 import asyncio
 import time
 from collections import Counter
+from collections.abc import Callable
 from unittest import mock
 
 import aiohttp
 
 from ingress.middleware import Visit
 from ingress.protocol import Reply
+from shared.core.overload import CREDIT
 from shared.state.base import Principal
+from shared.wire import errors
+from shared.wire.messages import Ask
 from tests.ingress.conftest import MakeWorld
 from tests.ingress.test_refusals import AUTH, BODY, CHAT, HOST, POST, RAW, TYPE, error_of, raw
-from tests.ingress.world import World
+from tests.ingress.world import Worker, World, answer
 
 OTHER = "other-key-other-key-other-key-other-key"
 
@@ -162,3 +166,83 @@ async def test_a_pipelined_request_does_not_wait_in_our_queue(world: World) -> N
         assert b" 200 " in (await reader.readuntil(b"HTTP/1.1 200 OK\r\n"))
     assert door.queue.shed == 0
     writer.close()
+
+
+# ---- a worker that declines
+
+
+def declining(*hot: Worker) -> Callable[[Ask, Worker], None]:
+    """These send back what they get, before they begin it; the provider serves the rest."""
+
+    def script(ask: Ask, provider: Worker) -> None:
+        for worker in hot:
+            if ask in worker.asks:
+                worker.send(ask, worker.failed(ask, errors.Overloaded()))
+                return
+        answer(ask, provider)
+
+    return script
+
+
+async def test_one_hot_guardian_fails_nobody(world: World, http: aiohttp.ClientSession) -> None:
+    """No upstream call was made: another guardian gets the request, and the hot one no more until its next beat."""
+    others = [await world.add("guardian", f"g{n}") for n in (2, 3, 4)]
+    world._beats.cancel()  # nobody tells a new load
+    world.guardian.beat(capacity=2500)
+    world.script = declining(world.guardian)
+    for _ in range(30):
+        async with http.post(world.url + CHAT, json=BODY) as got:
+            assert got.status == 200
+    assert len(world.guardian.asks) <= 1
+    assert sum(len(worker.asks) for worker in others) == 30
+
+
+async def test_a_provider_that_declines_is_no_end_while_there_is_another(
+    world: World, http: aiohttp.ClientSession
+) -> None:
+    second = await world.add("provider", "p2")
+
+    def script(ask: Ask, provider: Worker) -> None:
+        if ask.delivery == 1:
+            provider.send(ask, provider.failed(ask, errors.Overloaded()))
+        else:
+            answer(ask, second)
+
+    world.script = script
+    async with http.post(world.url + CHAT, json=BODY) as got:
+        assert got.status == 200
+
+
+async def test_nobody_else_is_there(world: World, http: aiohttp.ClientSession) -> None:
+    """The only guardian is full: its 503 is the answer, at once."""
+    world.script = declining(world.guardian)
+    async with http.post(world.url + CHAT, json=BODY) as got:
+        assert got.status == 503
+        assert (await error_of(got))["code"] == "overloaded"
+        assert got.headers["Retry-After"] == "1"
+    assert len(world.guardian.asks) == 1
+
+
+async def test_when_all_are_full_it_is_not_asked_for_ever(world: World, http: aiohttp.ClientSession) -> None:
+    """At most four deliveries of a request, and a tenth of all requests once the credit is used up."""
+    second = await world.add("guardian", "g2")
+    world.script = declining(world.guardian, second)
+    requests = 150
+    for _ in range(requests):
+        async with http.post(world.url + CHAT, json=BODY) as got:
+            assert got.status == 503
+    deliveries = [ask.delivery for worker in (world.guardian, second) for ask in worker.asks]
+    assert max(deliveries) == 4
+    assert CREDIT <= len(deliveries) - requests <= CREDIT + requests / 10 + 1
+
+
+async def test_what_was_begun_is_never_delivered_again(world: World, http: aiohttp.ClientSession) -> None:
+    """I7: once a provider said Accepted, its failure is one."""
+    await world.add("provider", "p2")
+    await world.add("guardian", "g2")
+    world.script = lambda ask, provider: provider.send(
+        ask, provider.accepted(ask), provider.failed(ask, errors.Overloaded())
+    )
+    async with http.post(world.url + CHAT, json=BODY) as got:
+        assert got.status == 503
+    assert [ask.delivery for worker in world.workers for ask in worker.asks] == [1]
