@@ -89,7 +89,18 @@ class Settings(Struct, frozen=True, kw_only=True):
         Millis, Meta(description="Least wait before the same endpoint is called again (S1-L4, S2-06).")
     ] = 500
     circuit_failure_threshold: Annotated[Count, Meta(description="Failures in a row that open it (S2-20).")] = 5
-    circuit_breaker_cooldown_ms: Annotated[Timer, Meta(description="How long a circuit stays open (S1-C2b).")] = 30_000
+    circuit_min_requests: Annotated[
+        Count, Meta(description="Least calls in 60 s whose error rate opens it (S2-20).")
+    ] = 10
+    circuit_error_rate_percent: Annotated[int, Meta(ge=1, le=100, description="Error rate that opens it (S2-20).")] = 50
+    circuit_breaker_cooldown_ms: Annotated[
+        Timer,
+        Meta(description="How long it stays open (S1-C2b); doubled by each failed probe, up to 16 times (S2-21)."),
+    ] = 30_000
+    circuit_probe_ms: Annotated[
+        Annotated[int, Meta(ge=100, le=5000)],
+        Meta(description="While a probe is younger than this, nobody else passes (S1-C2c)."),
+    ] = 5000
 
     handoff_timeout_ms: Annotated[Timer, Meta(description="No Accepted within this: deliver again.")] = 500
     stream_commit_ms: Annotated[Timer, Meta(description="HTTP head of a stream goes out at the latest.")] = 15_000

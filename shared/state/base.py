@@ -4,9 +4,12 @@ Errors: `StateUnavailable` when Redis did not answer in time or refused (OOM, re
 follows D4. Amounts are nano-USD integers, times are milliseconds of the shared clock.
 """
 
+from collections.abc import Iterable
 from typing import Literal, Protocol
 
 from msgspec import Struct
+
+from shared.core.circuit import Circuit, Event, State
 
 
 class StateUnavailable(Exception):
@@ -129,10 +132,13 @@ class Registry(Protocol):
 
 
 class Circuits(Protocol):
-    """Which endpoints have an open circuit: shared through Redis, read locally (S2-05: one map look-up)."""
+    """Which endpoints may be called: shared through Redis, read locally (S2-05: one map look-up)."""
 
-    def open_until(self, endpoint: str) -> int:
-        """Shared-clock ms until which the endpoint is out of rotation; 0 when closed."""
+    def look(self, endpoint: str) -> Circuit | None:
+        """Its circuit as this process last heard of it; None when it is closed."""
 
-    async def record(self, endpoint: str, outcomes: list[bool]) -> bool:
-        """Count ended calls (oldest first); True when the circuit changed."""
+    async def record(self, endpoint: str, events: Iterable[tuple[Event, str]]) -> State | None:
+        """What happened there (oldest first, each with its probe's id); the state, when the circuit moved."""
+
+    async def claim(self, endpoint: str, probe: str) -> bool:
+        """Ask to be the one probe of a half_open endpoint."""

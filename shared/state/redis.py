@@ -12,7 +12,7 @@ from typing import Final
 from shared.settings import Settings
 from shared.state.admin import Admin, KeyInfo, NewKey
 from shared.state.base import StateUnavailable
-from shared.state.circuits import RedisCircuits
+from shared.state.circuits import RedisCircuits, policy
 from shared.state.clock import SharedClock
 from shared.state.keys import Period
 from shared.state.ledger import SCRIPTS, Entry, RedisLedger
@@ -65,8 +65,8 @@ class State:
         self.circuits = RedisCircuits(
             self._side,
             scripts,
-            threshold=settings.circuit_failure_threshold,
-            cooldown_ms=settings.circuit_breaker_cooldown_ms,
+            now=self.clock.now,
+            policy=policy(settings),
             wake=self._wake.set,
         )
 

@@ -259,10 +259,17 @@ class Beat(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Outcome(Struct, frozen=True, array_like=True):
-    """How one upstream call ended, for the breakers: `ok` False only for what is the endpoint's fault."""
+    """How one upstream call ended, for the breakers: `ok` False only for what is the endpoint's fault.
+
+    `probe`: the id under which it was its circuit's probe (S1-C2a), "" for an ordinary call. `verdict` False: that
+    probe ended without saying anything about the endpoint; `ok` is False then, so that a reader of the version before,
+    which knows neither field, keeps the circuit open rather than close it.
+    """
 
     endpoint: str
     ok: bool
+    probe: str = ""
+    verdict: bool = True
 
 
 class Outcomes(Struct, frozen=True, kw_only=True):

@@ -78,9 +78,8 @@ class Yes:
         """Milliseconds."""
         return time.monotonic_ns() // 1_000_000
 
-    def open_until(self, _endpoint: str) -> int:
+    def look(self, _endpoint: str) -> None:
         """Closed."""
-        return 0
 
 
 async def started(role: Role, follower: str) -> tuple[NoBus, Deliver]:

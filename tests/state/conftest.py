@@ -9,7 +9,7 @@ import pytest
 import uvloop
 
 from deploy import servers
-from shared.state import ledger
+from shared.state import circuits, ledger
 from shared.state.redis import State
 from tests.state.rig import Money, settings_for
 
@@ -22,6 +22,8 @@ def patience(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     if "real_timeouts" not in request.fixturenames:
         monkeypatch.setattr(ledger, "ADMIT_TIMEOUT", 10.0)
         monkeypatch.setattr(ledger, "POST_TIMEOUT", 10.0)
+        monkeypatch.setattr(circuits, "_TIMEOUT", 10.0)
+        monkeypatch.setattr(circuits, "_CLAIM_TIMEOUT", 10.0)
 
 
 @pytest.fixture

@@ -1,10 +1,11 @@
-"""Short words for the ledger's calls, and a way to let time pass."""
+"""Short words for the ledger's calls, and ways to let time pass."""
 
 import secrets
 from typing import Any
 
 import msgspec
 
+from shared.core.circuit import CLOSED, SLOT_MS
 from shared.settings import Settings, load
 from shared.state import keys
 from shared.state.base import Dispatched, Level, Reserved
@@ -121,3 +122,18 @@ class Money:
             await self.raw("HSET", keys.entries(self.tenant), rid, msgspec.msgpack.encode(entry))
         for rid in flat[::2]:
             await self.raw("ZINCRBY", keys.leases(self.tenant), -ms, rid)
+
+
+async def age_circuit(state: State, endpoint: str, ms: int) -> None:
+    """Let time pass for one endpoint's circuit: whole slots of its window only."""
+    assert ms % SLOT_MS == 0
+    found = (await state.circuits.all()).get(endpoint, CLOSED)
+    window = " ".join(f"{slot.number - ms // SLOT_MS}:{slot.calls}:{slot.failures}" for slot in found.window)
+    fields = {
+        "until": found.open_until and found.open_until - ms,
+        "probing": found.probe_until and found.probe_until - ms,
+        "window": window,
+    }
+    for name, value in fields.items():
+        await state._side.execute(b"HSET", keys.CIRCUITS, f"{endpoint}:{name}", value, within=1.0)
+    await state._side.execute(b"HINCRBY", keys.CIRCUITS, keys.CIRCUITS_VERSION, 1, within=1.0)

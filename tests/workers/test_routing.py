@@ -5,17 +5,20 @@ import secrets
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import Struct
 
-from shared.core import circuit
 from shared.state.base import StateUnavailable
 from shared.wire import headers, subjects
 from shared.wire.messages import Admission, Hop, Outcome, Outcomes, Price, ReplyTo, Route, Step, decode_call, encode
+from tests.state.rig import age_circuit
 from tests.workers.guardian_rig import WAIT_S, Rig, ask, running, standing, without_redis
 from workers.routing import learn
 from workers.routing.route import Routing
+from workers.routing.turns import Turns
 
 ONE, TWO = Step("one", "m-1"), Step("two", "m-2")
 
@@ -165,13 +168,12 @@ async def test_outcomes_of_unknown_endpoints_touch_nothing(rig):
 
 async def test_waiting_outcomes_are_bounded_and_keep_their_order(rig, monkeypatch):
     monkeypatch.setattr(learn, "MAX_WAITING", 3)
-    seen: list[list[bool]] = []
+    seen: list[learn.Events] = []
     held = asyncio.Event()
 
-    async def record(_endpoint: str, outcomes: list[bool]) -> bool:
+    async def record(_endpoint: str, events: learn.Events) -> None:
         await held.wait()
-        seen.append(outcomes)
-        return False
+        seen.append(events)
 
     monkeypatch.setattr(rig.ctx.state.circuits, "record", record)
     for number in range(1, 7):
@@ -185,7 +187,7 @@ async def test_waiting_outcomes_are_bounded_and_keep_their_order(rig, monkeypatc
 
 
 async def test_outcomes_are_lost_not_stuck_while_redis_is_away(rig, monkeypatch):
-    async def record(_endpoint: str, _outcomes: list[bool]) -> bool:
+    async def record(_endpoint: str, _events: learn.Events) -> None:
         raise StateUnavailable("away")
 
     monkeypatch.setattr(rig.ctx.state.circuits, "record", record)
@@ -193,21 +195,96 @@ async def test_outcomes_are_lost_not_stuck_while_redis_is_away(rig, monkeypatch)
     assert rig.role._learner.lost == 1
 
 
-async def test_the_script_follows_the_policy(rig):
-    """The Lua that counts over all processes agrees with the table in core/circuit.py, outcome by outcome."""
-    policy = circuit.Policy(threshold=5, cooldown_ms=30_000)
-    state, clock = rig.ctx.state, rig.ctx.state.clock
-    expected = circuit.CLOSED
-    for ok in [False] * 4 + [True] + [False] * 6 + [True, False]:
-        await state.circuits.record("one", [ok])
-        await state._poll()
-        now = clock.now()
-        expected = circuit.after(expected, [ok], now, policy)
-        assert abs(state.circuits.open_until("one") - expected.open_until) < 1000
+async def half_open(rig: Rig, *endpoints: str) -> None:
+    """Let these fail until their circuits open, and the cooldown go by."""
+    for endpoint in endpoints:
+        await end_calls(rig, *[Outcome(endpoint, ok=False)] * 5)
+        await age_circuit(rig.ctx.state, endpoint, 30_000)
+    await rig.ctx.state._poll()
+
+
+async def test_after_the_cooldown_one_request_a_second_tries_first(rig):
+    """S1-C2e: the endpoint that is half open is first for one, last for the others; nobody waits for it."""
+    await half_open(rig, "one")
+    plans = []
+    for _ in range(20):
+        rig.to_role(route())
+        plans.append(decode_call(await rig.next_forwarded()).plan.steps)
+    assert plans == [(ONE, TWO), *[(TWO, ONE)] * 19]
+
+
+async def test_only_half_open_circuits_and_somebody_else_s_turn_is_503(rig):
+    """S1-C2a, faults 95: of a herd that comes back at once one goes on; the others are told to wait a second."""
+    await half_open(rig, "one", "two")
+    for _ in range(30):
+        rig.to_role(route(rid=secrets.token_hex(16)))
+    failed = [await rig.next_failed() for _ in range(28)]
+    assert {(each.error.status, each.error.code, each.error.retry_after_ms) for each in failed} == {
+        (503, "circuit_open", 1000)
+    }
+    plans = [decode_call(await rig.next_forwarded()).plan.steps for _ in range(2)]
+    assert plans == [(ONE, TWO), (TWO, ONE)]
+    assert rig.forwarded.empty()
+
+
+async def test_a_probe_s_outcome_moves_the_circuit(rig):
+    """S1-C2d: only the one that carries the id; what the version before sends is an ordinary call."""
+    await half_open(rig, "one")
+    assert await rig.ctx.state.circuits.claim("one", "p1")
+    await end_calls(rig, Outcome("one", ok=True), Outcome("one", ok=True, probe="p2"))
+    assert rig.ctx.state.circuits.look("one").probes == ("p1",)
+    await end_calls(rig, Outcome("one", ok=False, probe="p1", verdict=False))
+    assert rig.ctx.state.circuits.look("one").probes == ()
+    assert await rig.ctx.state.circuits.claim("one", "p3")
+    await end_calls(rig, Outcome("one", ok=False, probe="p3"))
+    rig.to_role(route())
+    assert decode_call(await rig.next_forwarded()).plan.steps == (TWO,)
+    await age_circuit(rig.ctx.state, "one", 60_000)
+    assert await rig.ctx.state.circuits.claim("one", "p4")
+    await end_calls(rig, Outcome("one", ok=True, probe="p4"))
+    assert rig.ctx.state.circuits.look("one") is None
+    shown = rig.ctx.metrics.render().decode()
+    assert 'hotpath_circuit_state{endpoint="one"} 0.0' in shown
+    assert 'hotpath_circuit_changes_total{endpoint="one",state="open"} 2.0' in shown
+
+
+async def test_outcomes_between_versions():
+    """A rolling update: the older reader ignores what was appended, the newer one has its defaults."""
+
+    class Older(Struct, frozen=True, array_like=True):
+        endpoint: str
+        ok: bool
+
+    new = msgspec.msgpack.encode(Outcome("one", ok=False, probe="p", verdict=False))
+    assert msgspec.msgpack.decode(new, type=Older) == Older("one", ok=False)  # keeps it open
+    old = msgspec.msgpack.encode(Older("one", ok=True))
+    assert msgspec.msgpack.decode(old, type=Outcome) == Outcome("one", ok=True, probe="", verdict=True)
+
+
+@given(st.lists(st.integers(0, 5000), max_size=60))
+def test_turns_are_a_second_apart(waits):
+    """Whatever the times: one a second, and always one after a second without."""
+    turns, now, last = Turns(), 10**12, None
+    for wait in waits:
+        now += wait
+        granted = turns.take("one", now)
+        assert granted == (last is None or now - last >= 1000)
+        last = now if granted else last
+    assert turns.take("two", now)
+    assert turns.take("two", now - 3_600_000), "the clock was set back"
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.booleans()), max_size=30))
 def test_by_endpoint_keeps_the_order(calls):
     outcomes = Outcomes(calls=tuple(Outcome(endpoint, ok) for endpoint, ok in calls))
     found = learn.by_endpoint(outcomes, frozenset("ab"))
-    assert found == {each: [ok for endpoint, ok in calls if endpoint == each] for each in "ab" if each in dict(calls)}
+    assert found == {
+        each: [("good" if ok else "failed", "") for endpoint, ok in calls if endpoint == each]
+        for each in "ab"
+        if each in dict(calls)
+    }
+
+
+def test_a_probe_id_that_cannot_be_one_touches_nothing():
+    outcomes = Outcomes(calls=tuple(Outcome("a", True, probe) for probe in ("x y", "x" * 65, "\n", "fine")))
+    assert learn.by_endpoint(outcomes, frozenset("a")) == {"a": [("probe_good", "fine")]}

@@ -22,6 +22,7 @@ from shared.wire.errors import HotpathError
 from shared.wire.messages import Call, Cancel, Credit, Step, decode_call
 from workers.provider.control import Control
 from workers.provider.ended import Ended
+from workers.provider.gate import Gate
 from workers.provider.mux import Channel, Mux
 from workers.provider.outcomes import OutcomeLog
 from workers.provider.upstream import Origin, Pool
@@ -97,6 +98,7 @@ class Provider:
         self.outcomes = OutcomeLog(ctx.bus, self.loop)
         self._make_targets()
         self._metrics(ctx)
+        self.gate = Gate(ctx.state.circuits, ctx.state.clock, self.outcomes, ctx.log, self._claims)
         for encoding in {model.encoding for model in ctx.catalog.models.values()}:
             tokens.warm(encoding)
         self._subscription = await ctx.bus.subscribe(subjects.worker(self.name, ctx.instance), self._on_call)
@@ -336,6 +338,7 @@ class Provider:
         metrics = ctx.metrics
         self._calls = metrics.counter("upstream_calls_total", "Ended upstream calls", ("endpoint", "result"))
         self._results: dict[tuple[str, str], Any] = {}
+        self._claims = metrics.counter("circuit_claims_total", "Claims of a circuit's probe", ("endpoint", "result"))
         self._ignored = metrics.counter("provider_messages_ignored_total", "Messages that are no call, or lead nowhere")
         self._overruns = metrics.counter("ledger_overruns_total", "Calls billed above their reservation")
         self._given_up = metrics.counter("provider_ledger_given_up_total", "Voids and settlements Redis never took")

@@ -1,7 +1,7 @@
 """What bounds one upstream call, how its answer is to be read, and how it ended. Pure."""
 
 from collections.abc import Mapping
-from typing import Final
+from typing import TYPE_CHECKING, Final, Self
 
 from msgspec import Struct
 
@@ -9,6 +9,9 @@ from shared.core.translators.base import Failure, UpstreamFailure
 from shared.wire import errors
 from shared.wire.errors import HotpathError
 from shared.wire.messages import ErrorBody
+
+if TYPE_CHECKING:
+    from shared.settings import Settings
 
 _STREAM: Final = "text/event-stream"
 _JSON: Final = ("application/json", "text/json")
@@ -31,6 +34,28 @@ class Limits(Struct, frozen=True, kw_only=True):
     deadline: float  # loop time: the request's own
     drain_s: float
     max_bytes: int
+
+    @classmethod
+    def of(cls, settings: "Settings", now: float, deadline: float, *, stream: bool, chain_until: float | None) -> Self:
+        """The timers of a call that begins at `now` (L1, S1-L4); `chain_until`: of a further call, when the chain ends.
+
+        A whole answer has no first token: a client that asked for more time than the default gets it, else
+        TIMEOUT_OPENAI_MS bounds each call so that another endpoint may still serve."""
+        head = now + settings.timeout_openai_ms / 1000
+        if not stream and deadline - now > settings.timeout_ms / 1000:
+            head = deadline
+        first = now + settings.timeout_first_token_ms / 1000
+        if chain_until is not None:
+            first = min(first, max(chain_until, now))
+        return cls(
+            connect_s=max(0.001, min(settings.timeout_openai_ms / 1000, deadline - now)),
+            head=head,
+            first_token=first,
+            idle_s=settings.timeout_idle_ms / 1000,
+            deadline=deadline,
+            drain_s=settings.cancel_drain_ms / 1000,
+            max_bytes=settings.max_response_bytes,
+        )
 
 
 class Ended(Struct, frozen=True, kw_only=True):
@@ -60,7 +85,7 @@ def refused(failure: Failure, *, cancelled: bool) -> Ended:
         cancelled=cancelled,
         retryable=failure.retryable,
         same_endpoint=failure.same_endpoint,
-        outcome=not failure.endpoint_fault,
+        outcome=False if failure.endpoint_fault else None,  # a 400 or 429 says nothing (decisions/0011)
     )
 
 

@@ -1,4 +1,4 @@
-"""How calls ended, to the breakers: batched each 100 ms, since nobody waits for it (DESIGN 1)."""
+"""How calls ended, to the breakers: batched each 100 ms, since nobody waits for it but a probe (DESIGN 1, S1-C2)."""
 
 import asyncio
 from typing import Final
@@ -21,10 +21,11 @@ class OutcomeLog:
         self._waiting: list[Outcome] = []
         self._timer: asyncio.TimerHandle | None = None
 
-    def add(self, endpoint: str, *, ok: bool) -> None:
-        """One ended call."""
-        self._waiting.append(Outcome(endpoint, ok))
-        if len(self._waiting) >= MAX_BATCH:
+    def add(self, endpoint: str, ok: bool | None, probe: str = "") -> None:
+        """One ended call; None: it says nothing, which only a `probe` has to tell. A probe's verdict goes at once, with
+        what waits: until then nobody else may call the endpoint."""
+        self._waiting.append(Outcome(endpoint, ok is True, probe, ok is not None))
+        if probe or len(self._waiting) >= MAX_BATCH:
             self.flush()
         elif self._timer is None:
             self._timer = self._loop.call_later(EVERY_S, self.flush)

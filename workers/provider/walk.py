@@ -7,8 +7,6 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Final
 
-from msgspec import Struct
-
 from shared.core import tokens
 from shared.core.translators.base import Translator
 from shared.service.killat import reach, reach_soon
@@ -20,7 +18,9 @@ from shared.wire.messages import Call, ErrorBody, Hop, Step, Summary
 from workers.provider import settlement
 from workers.provider.ended import Ended, Limits
 from workers.provider.exchange import Exchange
+from workers.provider.gate import ORDINARY
 from workers.provider.mux import Channel
+from workers.provider.order import Tried, remaining
 from workers.provider.settlement import Charge
 
 if TYPE_CHECKING:
@@ -32,20 +32,12 @@ NOT_AFTER_MS: Final = 100
 COUNT_INLINE: Final = 32_768
 
 
-class _Tried(Struct):
-    """A step that failed."""
-
-    step: Step
-    ended_at: float  # loop time
-    again: bool  # the same endpoint may be called again
-
-
 class Walk:
     """The state of one request in this process."""
 
     __slots__ = (
-        "_at", "_began", "_chain_until", "_channel", "_deadline", "_exchange", "_head_sent", "_left_at", "_message",
-        "_provider", "_step", "_tried", "_wake", "call", "cancelled",
+        "_at", "_began", "_chain_until", "_channel", "_deadline", "_error", "_exchange", "_head_sent", "_left_at",
+        "_message", "_probe", "_provider", "_step", "_tried", "_wake", "call", "cancelled",
     )  # fmt: skip
 
     def __init__(self, provider: "Provider", message: Call) -> None:
@@ -60,8 +52,10 @@ class Walk:
         self._channel: Channel | None = None
         self._exchange: Exchange | None = None
         self._step: Step | None = None
+        self._probe = ORDINARY  # the id of the probe that the call under way is, until its verdict is told
+        self._error: ErrorBody | None = None  # of the last call that failed
         self._head_sent = False
-        self._tried: list[_Tried] = []
+        self._tried: list[Tried] = []
         self._wake: asyncio.Future[None] | None = None
         self.call = 0
         self.cancelled = False
@@ -124,7 +118,7 @@ class Walk:
         self._chain_until = min(self._deadline, now + provider.settings.fallback_chain_timeout_ms / 1000)
         target = self._next_target()
         if target is None:
-            self._fail(errors.NoWorker("No endpoint of this model is usable here.").body())
+            self._fail(provider.gate.refusal(self._message.plan.steps).body())
             provider.void(self._message)
             return
         if not await self._dispatch():
@@ -172,16 +166,21 @@ class Walk:
     async def _one_call(self, target: "Target") -> "Target | None":
         """Call one endpoint to its end; the next one to call, None when the request is over."""
         provider, message = self._provider, self._message
+        if not provider.gate.closed(target.step.endpoint):
+            entered = await self._enter(target)
+            if entered is None:
+                return None
+            target = entered
         self._step = target.step
         translator = target.dialect.translator(message.ask, target.secrets)
         if self.cancelled:
+            self._tell(None)
             await self._settle(settlement.FREE)
             return None
         ended = await self._call_upstream(target, translator)
         now = provider.loop.time()
         self._began += time.perf_counter() - self._left_at
-        if ended.outcome is not None:
-            provider.outcomes.add(target.step.endpoint, ok=ended.outcome)
+        self._tell(ended.outcome)
         paid = await self._charge(target, translator, ended)
         settled = await self._settle(paid)
         if ended.error is None:
@@ -190,47 +189,54 @@ class Walk:
         provider.count(target.step.endpoint, ended)
         if ended.cancelled or self.cancelled:
             return None
-        self._tried.append(_Tried(target.step, now, ended.same_endpoint))
+        self._tried.append(Tried(target.step, now, ended.same_endpoint))
+        self._error = ended.error
         following = await self._following(ended)
         if following is None:
             self._fail(ended.error)
         return following
 
+    async def _enter(self, target: "Target | None") -> "Target | None":
+        """The first endpoint of the Plan, from this one on, whose circuit lets the call pass, under the number the call
+        has already; None: there is none, the call is settled at 0 and the answer given."""
+        gate = self._provider.gate
+        while target is not None and not self.cancelled:
+            passed = await gate.enter(target.step.endpoint)
+            if passed is not None:
+                self._probe = passed
+                return target
+            self._tried.append(Tried(target.step, self._provider.loop.time(), again=False))
+            target = self._next_target()
+            if target is not None and not await self._back_off(target.step):
+                target = None
+        await self._settle(settlement.FREE)
+        self.call -= 1  # for X-BR-Calls: it was not made
+        if not self.cancelled:
+            self._fail(self._error or gate.refusal(self._message.plan.steps).body())
+        return None
+
+    def _tell(self, ok: bool | None) -> None:
+        """How the call went, to the breakers. A probe has its verdict once, at the first billed token or, without one,
+        at its end: a long stream must not keep the circuit half open. What comes of it later counts as any call."""
+        probe, self._probe = self._probe, ORDINARY
+        if self._step is not None and (probe or ok is not None):
+            self._provider.outcomes.add(self._step.endpoint, ok, probe)
+
     async def _call_upstream(self, target: "Target", translator: Translator) -> Ended:
-        provider, message = self._provider, self._message
-        ask = message.ask
-        request = translator.request(ask, target.step, message.admission.output_cap, target.cap_field)
-        label = ((names.REQUEST_ID, f"{ask.rid}.{self.call}"), *request.headers)
-        exchange = Exchange(
-            provider.loop, target.pool, translator, self._limits(), stream=ask.stream, out=self._write
+        provider, ask = self._provider, self._message.ask
+        request = translator.request(ask, target.step, self._message.admission.output_cap, target.cap_field)
+        limits = Limits.of(
+            provider.settings, provider.loop.time(), self._deadline, stream=ask.stream,
+            chain_until=self._chain_until if self._tried else None,
         )  # fmt: skip
+        label = ((names.REQUEST_ID, f"{ask.rid}.{self.call}"), *request.headers)
+        exchange = Exchange(provider.loop, target.pool, translator, limits, stream=ask.stream, out=self._write)
         self._exchange = exchange
         self._left_at = time.perf_counter()
         try:
             return await exchange.run(target.pool.origin.request(request.path, label, request.body))
         finally:
             self._exchange = None
-
-    def _limits(self) -> Limits:
-        """The timers of the next call (L1, S1-L4). A whole answer has no first token: a client that asked for more time
-        than the default gets it, else TIMEOUT_OPENAI_MS bounds each call so that another endpoint may still serve."""
-        settings, now = self._provider.settings, self._provider.loop.time()
-        ask = self._message.ask
-        head = now + settings.timeout_openai_ms / 1000
-        if not ask.stream and self._deadline - now > settings.timeout_ms / 1000:
-            head = self._deadline
-        first = now + settings.timeout_first_token_ms / 1000
-        if self._tried:
-            first = min(first, max(self._chain_until, now))
-        return Limits(
-            connect_s=max(0.001, min(settings.timeout_openai_ms / 1000, self._deadline - now)),
-            head=head,
-            first_token=first,
-            idle_s=settings.timeout_idle_ms / 1000,
-            deadline=self._deadline,
-            drain_s=settings.cancel_drain_ms / 1000,
-            max_bytes=settings.max_response_bytes,
-        )
 
     def _write(self, data: bytes) -> None:
         """Bytes of a stream."""
@@ -242,6 +248,8 @@ class Walk:
             channel.write(data)
         else:
             self._head_sent = True
+            if self._probe:
+                self._tell(ok=True)
             channel.write(data, settlement.head(self._message.admission, self._step, self.call))
 
     # ---- money -------------------------------------------------------------------------------------------------------
@@ -292,18 +300,10 @@ class Walk:
         return target
 
     def _next_target(self) -> "Target | None":
-        """The first step of the Plan not tried yet; then one that failed in a way that may pass, longest ago first."""
-        steps = self._message.plan.steps
-        tried = {entry.step: entry for entry in self._tried}
-        barred = {entry.step.endpoint for entry in self._tried if not entry.again}
-        targets = self._provider.targets
-        fresh = (step for step in steps if step not in tried and step.endpoint not in barred)
-        again = sorted((e for e in tried.values() if e.step.endpoint not in barred), key=lambda e: e.ended_at)
-        for step in (*fresh, *(entry.step for entry in again)):
-            target = targets(step)
-            if target is not None:
-                return target
-        return None
+        """The next step of the Plan that this process's catalogue knows."""
+        provider = self._provider
+        steps = remaining(self._message.plan.steps, self._tried, provider.gate.shut)
+        return next(filter(None, map(provider.targets, steps)), None)
 
     async def _back_off(self, step: Step) -> bool:
         """Wait until the endpoint may be called again (S2-06); False when the chain's time does not allow it."""

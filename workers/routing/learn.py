@@ -7,15 +7,18 @@ places. The queue is bounded: while Redis is away the oldest knowledge is worth 
 import asyncio
 import time
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from shared.bus.base import BusUnavailable, Subscription
+from shared.core.circuit import Event, state
 from shared.service.killat import reach
+from shared.state import keys
 from shared.state.base import StateUnavailable
 from shared.wire import subjects
-from shared.wire.messages import Outcomes, decode_outcomes
+from shared.wire.messages import Outcome, Outcomes, decode_outcomes
 
 if TYPE_CHECKING:
     from shared.service import Context
@@ -25,13 +28,25 @@ COMPLAIN_S: Final = 5.0  # at most one log line about lost or unreadable batches
 _UNREADABLE: Final = (msgspec.MsgspecError, ValueError, RecursionError)
 
 
-def by_endpoint(outcomes: Outcomes, known: frozenset[str]) -> dict[str, list[bool]]:
-    """The outcomes of each endpoint in the catalogue, oldest first."""
-    found: dict[str, list[bool]] = {}
+Events = list[tuple[Event, str]]
+
+
+def by_endpoint(outcomes: Outcomes, known: frozenset[str]) -> dict[str, Events]:
+    """What happened at each endpoint of the catalogue, oldest first. What names a probe that cannot be one is left
+    out: no provider of ours sent it."""
+    found: dict[str, Events] = {}
     for call in outcomes.calls:
-        if call.endpoint in known:
-            found.setdefault(call.endpoint, []).append(call.ok)
+        if call.endpoint in known and (not call.probe or keys.OPAQUE.fullmatch(call.probe)):
+            found.setdefault(call.endpoint, []).append((_event(call), call.probe))
     return found
+
+
+def _event(call: Outcome) -> Event:
+    if not call.probe:
+        return "good" if call.ok else "failed"
+    if not call.verdict:
+        return "probe_void"
+    return "probe_good" if call.ok else "probe_failed"
 
 
 class Learner:
@@ -40,14 +55,28 @@ class Learner:
     def __init__(self, ctx: "Context") -> None:
         self._ctx = ctx
         self._known = frozenset(ctx.catalog.endpoints)
-        self._waiting: deque[dict[str, list[bool]]] = deque()
+        self._waiting: deque[dict[str, Events]] = deque()
         self._more = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
         self._subscription: Subscription | None = None
         self._task: asyncio.Task[None] | None = None
         self._complained = 0.0
+        self._changes = ctx.metrics.counter("circuit_changes_total", "Changes of circuits", ("endpoint", "state"))
+        self._show_states()
         self.lost = 0
+
+    def _show_states(self) -> None:
+        """A gauge for each endpoint; there are as many as the catalogue has."""
+        gauge = self._ctx.metrics.gauge("circuit_state", "0 closed, 1 half open (or probing), 2 open", ("endpoint",))
+        for endpoint in self._known:
+            gauge.labels(endpoint).set_function(partial(self._shown, endpoint))
+
+    def _shown(self, endpoint: str) -> float:
+        found = self._ctx.state.circuits.look(endpoint)
+        if found is None:
+            return 0.0
+        return 2.0 if state(found, self._ctx.state.clock.now()) == "open" else 1.0
 
     async def start(self) -> None:
         """Subscribe, as one of the queue group."""
@@ -85,23 +114,24 @@ class Learner:
         while True:
             await self._more.wait()
             while self._waiting:
-                for endpoint, outcomes in self._waiting.popleft().items():
-                    await self._record(endpoint, outcomes)
+                for endpoint, events in self._waiting.popleft().items():
+                    await self._record(endpoint, events)
             self._more.clear()
             self._idle.set()
 
-    async def _record(self, endpoint: str, outcomes: list[bool]) -> None:
+    async def _record(self, endpoint: str, events: Events) -> None:
         circuits = self._ctx.state.circuits
         reach("routing.before_record")
         try:
-            changed = await circuits.record(endpoint, outcomes)
+            became = await circuits.record(endpoint, events)
         except StateUnavailable:
             self._lose(1)
             return
-        if not changed:
+        if became is None:
             return
         circuits.refresh_soon()
-        self._ctx.log.info("a circuit changed", extra={"endpoint": endpoint})
+        self._changes.labels(endpoint, became).inc()
+        self._ctx.log.warning("a circuit changed", extra={"endpoint": endpoint, "state": became})
         try:
             self._ctx.bus.publish(subjects.NOTICE_CIRCUIT, b"")
         except BusUnavailable:

@@ -23,6 +23,7 @@ from shared.wire import subjects
 from shared.wire.errors import BusDown, CircuitOpen, HotpathError, ModelNotFound, NoWorker, Overloaded, TooLarge, quote
 from shared.wire.messages import Call, Cancel, Credit, Hop, Plan, Route, decode_route, encode
 from workers.routing.learn import Learner
+from workers.routing.turns import Turns
 
 if TYPE_CHECKING:
     from shared.service import Context
@@ -55,6 +56,7 @@ class Routing:
         self._voids = Voids(ctx.state.ledger)
         self._max_retries = ctx.settings.routing_max_retries
         self._learner = Learner(ctx)
+        self._turns = Turns()
         self.capacity = ctx.settings.max_in_flight
         self._loop = asyncio.get_running_loop()
         self._queue = Queue()
@@ -100,10 +102,10 @@ class Routing:
         model = self._ctx.catalog.models.get(route.ask.model)
         if model is None:
             raise ModelNotFound(f"The model {quote(route.ask.model)} does not exist here.")
-        open_until = self._ctx.state.circuits.open_until
-        plan = make_plan(model.steps, open_until, now, self._max_retries)
+        look = self._ctx.state.circuits.look
+        plan = make_plan(model.steps, look, now, self._max_retries, partial(self._turns.take, now=now))
         if plan is None:
-            raise CircuitOpen(retry_after_ms=soonest(model.steps, open_until, now))
+            raise CircuitOpen(retry_after_ms=soonest(model.steps, look, now))
         return plan
 
     def _hops(self, route: Route, at: int, began: float) -> tuple[Hop, ...]:
