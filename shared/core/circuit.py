@@ -24,8 +24,8 @@ without a verdict (the client left, a 429) makes room for the next at once.
 Each failed probe doubles the cooldown, up to 16 times (S2-21); a good one forgets everything.
 
 Whatever changes a circuit is in `TRANSITIONS`. Times are milliseconds of the shared clock. This table is the rule; it
-runs where the outcomes of all processes meet, as `state/lua/circuit.lua`, and tests/state/test_circuit_machine.py holds
-that script to it, event by event.
+runs where the outcomes of all processes meet, as `state/lua/_circuit.lua`, and is held together with that script, event
+by event, by tests/state/test_circuit_machine.py.
 """
 
 from collections.abc import Callable, Iterable

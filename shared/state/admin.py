@@ -22,7 +22,7 @@ from shared.state.scripts import load
 TENANT_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 _ALPHABET: Final = "abcdefghijklmnopqrstuvwxyz0123456789"
-_ANNOUNCE: Final = load("announce", prelude=False)
+_ANNOUNCE: Final = load("announce")
 _TIMEOUT: Final = 1.0
 
 

@@ -15,7 +15,7 @@ from shared.state.base import StateUnavailable
 from shared.state.pipeline import Pipeline
 from shared.state.scripts import Scripts, load
 
-_CIRCUIT: Final = load("circuit", prelude=False)
+_CIRCUIT: Final = load("circuit", "_circuit")
 _TIMEOUT: Final = 0.150
 #: Claims wait for the upstream call: no longer than a dispatch (DESIGN 4).
 _CLAIM_TIMEOUT: Final = 0.100

@@ -14,7 +14,7 @@ from shared.state import keys
 from shared.state.base import Dispatched, Level, Reserved, StateUnavailable
 from shared.state.keys import Period
 from shared.state.pipeline import Pipeline
-from shared.state.scripts import Scripts, load
+from shared.state.scripts import LEDGER, Scripts, load
 
 #: Lua's exact integers end here: limits and amounts above are refused ($9,007,199).
 MAX_AMOUNT: Final = 2**53 - 1
@@ -40,9 +40,7 @@ LOOK_AGAIN_MS: Final = 3000
 #: Keys of so many tenants stay composed.
 _KEYS_KEPT: Final = 4096
 
-SCRIPTS: Final = {
-    name: load(name, prelude=True) for name in ("reserve", "dispatch", "topup", "settle", "void", "expire")
-}
+SCRIPTS: Final = {name: load(name, *LEDGER) for name in ("reserve", "dispatch", "topup", "settle", "void", "expire")}
 _RESERVE, _DISPATCH, _TOPUP, _SETTLE, _VOID, _EXPIRE = SCRIPTS.values()
 
 State = Literal["reserved", "voided", "dispatched", "settled", "unconfirmed", "posted"]

@@ -14,7 +14,7 @@ from shared.state.resp import pack
 
 _FOLDER: Final = Path(__file__).parent / "lua"
 #: What stands in front of each ledger script, in this order.
-_PRELUDE: Final = ("_balances", "_entries")
+LEDGER: Final = ("_balances", "_entries")
 
 
 class Script(Struct, frozen=True):
@@ -26,10 +26,10 @@ class Script(Struct, frozen=True):
 
 
 @cache
-def load(name: str, *, prelude: bool) -> Script:
-    """lua/<name>.lua; `prelude` puts the ledger's shared fragments between its shebang and its body."""
+def load(name: str, *prelude: str) -> Script:
+    """lua/<name>.lua, with the fragments lua/<prelude>.lua between its shebang and its body."""
     shebang, _, body = (_FOLDER / f"{name}.lua").read_text("utf-8").partition("\n")
-    shared = [(_FOLDER / f"{part}.lua").read_text("utf-8") for part in _PRELUDE] if prelude else []
+    shared = [(_FOLDER / f"{part}.lua").read_text("utf-8") for part in prelude]
     text = "\n".join([shebang, *shared, body]).encode()
     # Redis names scripts by their SHA-1: an address, not a safeguard
     return Script(name, text, hashlib.sha1(text, usedforsecurity=False).hexdigest().encode())

@@ -38,8 +38,12 @@ def test_a_half_open_endpoint_is_tried_first_by_one_and_last_by_all_others():
 def test_a_turn_is_taken_for_one_endpoint_only():
     """A request is one probe at most; the next one may try the other endpoint."""
     asked: list[str] = []
-    plan = make_plan(STEPS, {"a": HALF_OPEN, "b": HALF_OPEN}.get, NOW, 2, lambda each: not asked.append(each))
-    assert plan is not None
+
+    def turn(endpoint: str) -> bool:
+        asked.append(endpoint)
+        return True
+
+    assert make_plan(STEPS, {"a": HALF_OPEN, "b": HALF_OPEN}.get, NOW, 2, turn) is not None
     assert asked == ["a"]
 
 

@@ -129,7 +129,7 @@ async def age_circuit(state: State, endpoint: str, ms: int) -> None:
     assert ms % SLOT_MS == 0
     found = (await state.circuits.all()).get(endpoint, CLOSED)
     window = " ".join(f"{slot.number - ms // SLOT_MS}:{slot.calls}:{slot.failures}" for slot in found.window)
-    fields = {
+    fields: dict[str, int | str] = {
         "until": found.open_until and found.open_until - ms,
         "probing": found.probe_until and found.probe_until - ms,
         "window": window,

@@ -94,7 +94,7 @@ class CircuitMachine(RuleBasedStateMachine):
         claimed, _ = self.happens(process, [("claim", "late")], not_after=1)
         assert not claimed
 
-    @precondition(lambda self: getattr(self, "claims", None))
+    @precondition(lambda self: bool(getattr(self, "claims", None)))
     @rule(process=processes, data=st.data(), verdict=verdicts)
     def probe_ends(self, process: int, data: st.DataObject, verdict: Event) -> None:
         """Whichever of them, in time or long after."""
@@ -116,7 +116,7 @@ class CircuitMachine(RuleBasedStateMachine):
         self.model = older(self.model, ms)
         self.claims = {probe: at - ms for probe, at in self.claims.items()}
 
-    @precondition(lambda self: getattr(self, "model", CLOSED).open_until)
+    @precondition(lambda self: getattr(self, "model", CLOSED).open_until > 0)
     @rule()
     def cool_down(self) -> None:
         """So that histories get to the half open state often."""
@@ -126,7 +126,7 @@ class CircuitMachine(RuleBasedStateMachine):
 
     # ---- what a random walk seldom finds -----------------------------------------------------------------------------
 
-    @precondition(lambda self: getattr(self, "model", CLOSED).open_until)
+    @precondition(lambda self: getattr(self, "model", CLOSED).open_until > 0)
     @rule(times=st.integers(1, 7))
     def it_stays_broken(self, times: int) -> None:
         """Probe after probe fails: the cooldown doubles, up to its cap (S2-21)."""
@@ -137,7 +137,7 @@ class CircuitMachine(RuleBasedStateMachine):
             self.happens(1, [("probe_failed", probe)])
         self.claims.clear()
 
-    @precondition(lambda self: getattr(self, "model", CLOSED).open_until)
+    @precondition(lambda self: getattr(self, "model", CLOSED).open_until > 0)
     @rule(older_one=st.booleans(), verdict=verdicts)
     def a_probe_is_overtaken(self, older_one: bool, verdict: Event) -> None:
         """Two without a verdict (S1-C2c); either may have the first."""
@@ -152,7 +152,7 @@ class CircuitMachine(RuleBasedStateMachine):
         if not self.model.probes:
             self.claims.clear()
 
-    @precondition(lambda self: getattr(self, "model", CLOSED).window)
+    @precondition(lambda self: bool(getattr(self, "model", CLOSED).window))
     @rule(outcomes=st.lists(st.sampled_from(["good", "failed"]), min_size=1, max_size=2), slots=st.integers(10, 12))
     def about_a_minute_later(self, outcomes: list[Event], slots: int) -> None:
         """S2-20: what leaves the window."""
