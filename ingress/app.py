@@ -16,7 +16,7 @@ from ingress.leave import Leaving, Times
 from ingress.listener import Listener
 from ingress.middleware import Door, Visit
 from ingress.models import PREFIX, Models
-from ingress.protocol import Reply, Server
+from ingress.protocol import Reply, Server, Timers
 from ingress.replies import Replies
 from ingress.wheel import Wheel
 from shared.service import Context
@@ -69,6 +69,7 @@ class Ingress:
             refuse=door.refuse,
             read=door.queue.read,
             max_connections=settings.max_connections,
+            timers=_timers(settings),
             log=logging.getLogger("hotpath.ingress"),
         )
         self._listener = Listener(settings)
@@ -175,6 +176,7 @@ class Ingress:
 def _rules(settings: Settings) -> Rules:
     return Rules(
         max_body=settings.max_body_bytes,
+        body=settings.client_body_ms / 1000,
         max_response=settings.max_response_bytes,
         timeout_ms=settings.timeout_ms,
         timeout_streaming_ms=settings.timeout_streaming_ms,
@@ -184,4 +186,12 @@ def _rules(settings: Settings) -> Rules:
         idle=settings.timeout_idle_ms / 1000,
         commit=settings.stream_commit_ms / 1000,
         keepalive=settings.keepalive_ms / 1000,
+    )
+
+
+def _timers(settings: Settings) -> Timers:
+    return Timers(
+        head=settings.client_head_ms / 1000,
+        idle=settings.client_idle_ms / 1000,
+        stalled=settings.client_stalled_ms / 1000,
     )

@@ -21,8 +21,6 @@ from shared.wire import errors, headers
 from shared.wire.messages import Ask, ReplyTo, encode
 from shared.wire.openai import ChatRequest, parse_chat
 
-#: A body must be complete within this (faults 66); at 1 MiB that is a client of 140 kbit/s.
-BODY_S: Final = 60.0
 Done = Literal["inline", "append", "comment"]
 DONE_FORMS: Final[dict[str, Done]] = {"inline": "inline", "append": "append", "comment": "comment"}
 
@@ -34,6 +32,7 @@ class Rules(Struct, frozen=True, kw_only=True):
     """The settings a request needs, in seconds and bytes."""
 
     max_body: int
+    body: float  # a body must be complete within this (faults 66)
     max_response: int
     timeout_ms: int
     timeout_streaming_ms: int
@@ -112,7 +111,7 @@ class Chat:
         parts: list[bytes] = []
         size = 0
         try:
-            async with asyncio.timeout(BODY_S):
+            async with asyncio.timeout(self._rules.body):
                 while part := await content.readany():
                     parts.append(part)
                     size += len(part)
@@ -120,7 +119,7 @@ class Chat:
                         raise self._too_large(visit)
         except TimeoutError as error:
             visit.keep = False
-            raise errors.ClientError(f"The request body did not arrive within {BODY_S:.0f} s.") from error
+            raise errors.ClientError(f"The request body did not arrive within {self._rules.body:g} s.") from error
         return b"".join(parts)
 
     def _too_large(self, visit: Visit) -> errors.TooLarge:

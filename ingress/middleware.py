@@ -68,9 +68,10 @@ class Visit:
         top = render.head(status, named, self.door.date(), http10=self.http10, keep=keep)
         if self.request.method == "HEAD":
             return Reply(status, top, keep=keep)
+        linger = not keep and not self.request.content.is_eof()
         if len(body) > 65_536:  # joining would copy it once more
-            return Reply(status, top, body, keep=keep)
-        return Reply(status, top + body, keep=keep)
+            return Reply(status, top, body, keep=keep, linger=linger)
+        return Reply(status, top + body, keep=keep, linger=linger)
 
     def json(self, body: bytes) -> Reply:
         """A 200 with JSON."""

@@ -2,8 +2,9 @@
 
 aiohttp answers what its parser refuses by itself, past every handler: in plain text, with the offending header echoed
 and logged. Here those refusals have the error shape of everything else and carry nothing of the input. A head must be
-complete within HEAD_S, connections are bounded, a client that takes nothing for STALLED_S is cut, and a body whose
-framing breaks half way tells its waiting handler (aiohttp leaves it waiting).
+complete in time, connections are bounded, a client that takes nothing is cut (Timers), what the parser takes without a
+bound is refused before it (framing.py), and a body whose framing breaks half way tells its waiting handler (aiohttp
+leaves it waiting).
 """
 
 import asyncio
@@ -13,22 +14,33 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Final, Protocol, cast
 
 from aiohttp import web
-from aiohttp.http_exceptions import LineTooLong
-from aiohttp.web_protocol import RequestHandler, RequestPayloadError
+from aiohttp.http_exceptions import BadHttpMessage, LineTooLong
+from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
+from aiohttp.web_protocol import RequestHandler, RequestPayloadError, _ErrInfo
+from msgspec import Struct
 
+from ingress.framing import BadFraming, Framing
 from shared.wire import errors
 
-HEAD_S: Final = 10.0  # faults 60: a head that is not complete by then is an attack
-IDLE_S: Final = 75.0  # kept-alive connections without a request; nginx's default
-STALLED_S: Final = 60.0  # faults 58, 59
+#: How often stalled clients are looked for, at the least.
 SWEEP_S: Final = 5.0
 #: How long an unread body is read and thrown away, so that the client sees our answer instead of a reset.
 LINGER_S: Final = 1.0
+#: Connections above the bound that are told so and lingered on; the others of a flood are closed at once.
+MAX_TURNED_AWAY: Final = 128
 #: Half a stream's window: below it the transport always has room for what credit allows (see sinks.Live).
 HIGH_WATER: Final = 32 * 1024
 LOW_WATER: Final = 16 * 1024
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+
+
+class Timers(Struct, frozen=True, kw_only=True):
+    """How long a client may take, in seconds (CLIENT_*_MS)."""
+
+    head: float  # from the first byte of a head, or the connection's start, to the head's end (faults 60)
+    idle: float  # kept alive without a request
+    stalled: float  # taking nothing while bytes wait for it (faults 58, 59)
 
 
 class Drained(Protocol):
@@ -75,12 +87,25 @@ class Reply(web.StreamResponse):
 class Connection(RequestHandler):
     """One client connection."""
 
-    __slots__ = ("_discard", "_head_timer", "_progress", "_progress_at", "_server", "listener", "since", "written")
+    __slots__ = (
+        "_body",
+        "_discard",
+        "_framing",
+        "_head_timer",
+        "_progress",
+        "_progress_at",
+        "_server",
+        "listener",
+        "since",
+        "written",
+    )
 
     def __init__(self, server: "Server", **options: Any) -> None:
         super().__init__(server, **options)
         self._server = server
+        self._body: StreamReader = EMPTY_PAYLOAD  # of the newest request
         self._discard = False
+        self._framing = Framing()
         self._head_timer: asyncio.TimerHandle | None = None
         self.listener: Drained | None = None
         self.written = 0  # bytes given to the transport
@@ -100,13 +125,12 @@ class Connection(RequestHandler):
         """Start the header timer; refuse at once above the bound."""
         transport = cast("asyncio.Transport", transport)  # uvloop's is one, but does not say so
         if self._server.full():
-            self._force_close = True
-            transport.write(self._server.overloaded())
-            transport.close()
+            self._discard = self._force_close = True
+            self._server.turn_away(transport)
             return
         super().connection_made(transport)
         transport.set_write_buffer_limits(HIGH_WATER, LOW_WATER)
-        self._head_timer = self._loop.call_later(HEAD_S, self._late)
+        self._head_timer = self._loop.call_later(self._server.timers.head, self._late)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Stop the timer; aiohttp cancels the handler, which is how an exchange learns of it."""
@@ -117,19 +141,43 @@ class Connection(RequestHandler):
         """Parse; while nothing is being handled, a head is incomplete and the clock runs."""
         if self._discard:
             return
+        if data:  # aiohttp calls with b"" to go on with what it kept back
+            try:
+                self._framing.feed(data)
+            except BadFraming as error:
+                self._break_off(error)
+                return
         if self._current_request is None:
             self.since = self._server.read(self._loop.time())
         super().data_received(data)
         if self._messages:
             if self._head_timer is not None:
                 self._stop_head_timer()
-            request = self._current_request
-            if request is not None and not hasattr(self._messages[-1][0], "headers"):
-                content = request.content
-                if not content.is_eof():
-                    content.set_exception(RequestPayloadError("bad framing"))
+            message, body = self._messages[-1]
+            if isinstance(message, _ErrInfo):
+                self._tell_waiting()
+            else:
+                self._body = body
         elif self._head_timer is None and self._waiter is not None and data:
-            self._head_timer = self._loop.call_later(HEAD_S, self._late)
+            self._head_timer = self._loop.call_later(self._server.timers.head, self._late)
+
+    def _break_off(self, error: BadFraming) -> None:
+        """Refuse what the parser would have taken; whatever else comes is not read."""
+        self._discard = True
+        self._stop_head_timer()
+        if self._tell_waiting():
+            return
+        refusal = BadHttpMessage("Too many headers" if error.head else "bad framing")
+        self._messages.append((_ErrInfo(status=400, exc=refusal, message=""), EMPTY_PAYLOAD))
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _tell_waiting(self) -> bool:
+        """Let the request whose body will not be complete fail. Whether there is one."""
+        if self._body.is_eof():
+            return False
+        self._body.set_exception(RequestPayloadError("bad framing"))
+        return True
 
     async def linger(self) -> None:
         """Say that no more comes, and read what the client still sends: closing at once would reset the connection and
@@ -138,6 +186,7 @@ class Connection(RequestHandler):
         if self.transport is not None and self.transport.can_write_eof():
             self.transport.write_eof()
         await asyncio.sleep(LINGER_S)  # ends sooner when the client closes: aiohttp cancels the handler
+        self.force_close()
 
     def resume_writing(self) -> None:
         """The client took bytes."""
@@ -146,14 +195,14 @@ class Connection(RequestHandler):
             self.listener.drained()
 
     def stalled(self, now: float) -> bool:
-        """Whether the client took nothing for STALLED_S while bytes were waiting for it."""
+        """Whether the client took nothing for so long that it is cut, while bytes were waiting for it."""
         transport = self.transport
         waiting = transport.get_write_buffer_size() if transport is not None else 0
         progress = self.written - waiting
         if waiting == 0 or progress != self._progress:
             self._progress, self._progress_at = progress, now
             return False
-        return now - self._progress_at >= STALLED_S
+        return now - self._progress_at >= self._server.timers.stalled
 
     def busy(self) -> bool:
         """Whether a request is being answered, or bytes of an answer wait for the client."""
@@ -189,6 +238,13 @@ class Connection(RequestHandler):
             raise ConnectionResetError("failed while streaming")
         return self._server.refuse(status, exc)
 
+    def log_exception(self, *args: Any, **more: Any) -> None:
+        """What aiohttp's loop did not expect. Its words may quote the client."""
+        error = more.get("exc_info")
+        if isinstance(error, RequestPayloadError):  # a body nobody waited for: the connection closes, and that is all
+            return
+        self.logger.error(str(args[0]) if args else "", exc_info=_masked(error))
+
     def _late(self) -> None:
         self._head_timer = None
         if self._current_request is None and not self._messages:
@@ -205,19 +261,22 @@ class Server(web.Server):
 
     def __init__(
         self, handler: Handler, *, refuse: Callable[[errors.HotpathError], Reply], read: Callable[[float], float],
-        max_connections: int, log: logging.Logger,
+        max_connections: int, timers: Timers, log: logging.Logger,
     ) -> None:  # fmt: skip
         super().__init__(handler, handler_cancellation=True)
+        self.timers = timers
         self._refuse = refuse
         self.read = read  # Queue.read
+        self._turned_away: set[asyncio.Transport] = set()
+        self._sweep_s = min(SWEEP_S, timers.stalled / 4)
         self._max = max_connections
         self._log = log
-        self._sweeper = self._loop.call_later(SWEEP_S, self._sweep)
+        self._sweeper = self._loop.call_later(self._sweep_s, self._sweep)
 
     def __call__(self) -> Connection:
         """The protocol factory."""
         return Connection(
-            self, loop=self._loop, access_log=None, auto_decompress=False, keepalive_timeout=IDLE_S,
+            self, loop=self._loop, access_log=None, auto_decompress=False, keepalive_timeout=self.timers.idle,
             lingering_time=LINGER_S, tcp_keepalive=True, logger=self._log,
         )  # fmt: skip
 
@@ -225,9 +284,20 @@ class Server(web.Server):
         """Whether one more connection is too many."""
         return len(self._connections) >= self._max
 
-    def overloaded(self) -> bytes:
-        """What a connection above the bound is told."""
-        return self._refuse(errors.Overloaded()).data
+    def turn_away(self, transport: asyncio.Transport) -> None:
+        """Tell a connection above the bound so. A close with its request unread would be a reset, so the end waits a
+        moment, for as many as that is cheap for."""
+        transport.write(self._refuse(errors.Overloaded()).data)
+        if len(self._turned_away) >= MAX_TURNED_AWAY:
+            transport.close()
+            return
+        transport.write_eof()
+        self._turned_away.add(transport)
+        self._loop.call_later(LINGER_S, self._close_turned_away, transport)
+
+    def _close_turned_away(self, transport: asyncio.Transport) -> None:
+        self._turned_away.discard(transport)
+        transport.close()
 
     def refuse(self, status: int, exc: BaseException | None) -> Reply:
         """The answer to what aiohttp refused, or to a handler that failed."""
@@ -243,7 +313,7 @@ class Server(web.Server):
         for connection, transport in list(self._connections.items()):
             if isinstance(connection, Connection) and connection.stalled(now):
                 transport.abort()
-        self._sweeper = self._loop.call_later(SWEEP_S, self._sweep)
+        self._sweeper = self._loop.call_later(self._sweep_s, self._sweep)
 
     def busy(self) -> bool:
         """Whether any client waits for an answer or a part of one."""
@@ -258,6 +328,8 @@ class Server(web.Server):
     async def shutdown(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - aiohttp's signature
         """Close every connection."""
         self._sweeper.cancel()
+        for transport in self._turned_away:
+            transport.abort()
         await super().shutdown(timeout)
 
 

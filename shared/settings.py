@@ -74,6 +74,10 @@ class Settings(Struct, frozen=True, kw_only=True):
         Count, Meta(description="Of them, one tenant's in one process; above it 429. Streams count until they end.")
     ] = 2000
     max_connections: Annotated[Count, Meta(description="Client connections of one ingress process.")] = 12_000
+    client_head_ms: Annotated[Timer, Meta(description="A request's head must be complete within this.")] = 10_000
+    client_body_ms: Annotated[Timer, Meta(description="And its body within this: 140 kbit/s at 1 MiB.")] = 60_000
+    client_idle_ms: Annotated[Timer, Meta(description="A connection without a request is closed after this.")] = 75_000
+    client_stalled_ms: Annotated[Timer, Meta(description="A client that takes nothing is cut after this.")] = 60_000
 
     timeout_ms: Annotated[Timer, Meta(description="Total time of a whole answer.")] = 30_000
     timeout_streaming_ms: Annotated[Timer, Meta(description="Total time of a stream (S1-L1).")] = 120_000
