@@ -26,11 +26,17 @@ from shared.wire import errors
 SWEEP_S: Final = 5.0
 #: How long an unread body is read and thrown away, so that the client sees our answer instead of a reset.
 LINGER_S: Final = 1.0
+LINGER_BYTES: Final = 4 * 1024 * 1024
 #: Connections above the bound that are told so and lingered on; the others of a flood are closed at once.
 MAX_TURNED_AWAY: Final = 128
 #: Half a stream's window: below it the transport always has room for what credit allows (see sinks.Live).
 HIGH_WATER: Final = 32 * 1024
 LOW_WATER: Final = 16 * 1024
+
+#: How HTTP/2 begins, on a port that does not speak it; the parser refuses every other use of the method, too.
+_H2_PREFACE: Final = b"PRI * HTTP/2.0\r\n"
+#: One field's line; a head as a whole is bounded by framing.MAX_HEAD.
+MAX_FIELD: Final = 16_384
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
@@ -90,6 +96,7 @@ class Connection(RequestHandler):
     __slots__ = (
         "_body",
         "_discard",
+        "_discarded",
         "_framing",
         "_head_timer",
         "_progress",
@@ -105,6 +112,7 @@ class Connection(RequestHandler):
         self._server = server
         self._body: StreamReader = EMPTY_PAYLOAD  # of the newest request
         self._discard = False
+        self._discarded = 0
         self._framing = Framing()
         self._head_timer: asyncio.TimerHandle | None = None
         self.listener: Drained | None = None
@@ -140,6 +148,9 @@ class Connection(RequestHandler):
     def data_received(self, data: bytes) -> None:
         """Parse; while nothing is being handled, a head is incomplete and the clock runs."""
         if self._discard:
+            self._discarded += len(data)
+            if self._discarded > LINGER_BYTES and self.transport is not None:
+                self.transport.pause_reading()
             return
         if data:  # aiohttp calls with b"" to go on with what it kept back
             try:
@@ -155,6 +166,9 @@ class Connection(RequestHandler):
                 self._stop_head_timer()
             message, body = self._messages[-1]
             if isinstance(message, _ErrInfo):
+                if data.startswith(b"PRI ") and not data.startswith(_H2_PREFACE):
+                    never = errors.MethodNotAllowed()
+                    self._messages[-1] = (_ErrInfo(status=never.status, exc=never, message=""), EMPTY_PAYLOAD)
                 self._tell_waiting()
             else:
                 self._body = body
@@ -277,7 +291,7 @@ class Server(web.Server):
         """The protocol factory."""
         return Connection(
             self, loop=self._loop, access_log=None, auto_decompress=False, keepalive_timeout=self.timers.idle,
-            lingering_time=LINGER_S, tcp_keepalive=True, logger=self._log,
+            lingering_time=LINGER_S, max_field_size=MAX_FIELD, tcp_keepalive=True, logger=self._log,
         )  # fmt: skip
 
     def full(self) -> bool:
@@ -304,6 +318,8 @@ class Server(web.Server):
         if status >= 500:
             self._log.error("handler failed", exc_info=_masked(exc))
             return self._refuse(errors.HotpathError())
+        if status == errors.MethodNotAllowed.status:
+            return self._refuse(errors.MethodNotAllowed())
         if isinstance(exc, LineTooLong) or "Too many headers" in str(exc):
             return self._refuse(errors.HeadersTooLarge())
         return self._refuse(errors.ClientError("The request is not valid HTTP/1.1.", param=None))

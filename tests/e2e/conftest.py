@@ -1,15 +1,17 @@
 """The running Hotpath of the end-to-end tests, and a tenant of one's own in it."""
 
 import itertools
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import aiohttp
 import pytest
 
+from tests.e2e.door import SECRETS, SETTINGS, Door, catalogue
 from tests.e2e.drive import Client, session
+from tests.e2e.echo import Echo
 from tests.e2e.rig import Up
-from tests.e2e.sim import Sim
+from tests.e2e.sim import Sim, running_simulator
 
 _numbers = itertools.count(1)
 
@@ -44,3 +46,18 @@ def tenant(up: Up) -> Callable[..., dict[str, Any]]:
 def client(up: Up, http: aiohttp.ClientSession) -> Client:
     """A client with the default tenant's key."""
     return Client(http, up.url, up.run["api_key"])
+
+
+@pytest.fixture(scope="session")
+def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
+    """The front door of the tests of bad input; when it has stopped, every sink is searched once more."""
+    directory = tmp_path_factory.mktemp("door")
+    echo = Echo()
+    with running_simulator() as sim:
+        written = directory / "catalog.toml"
+        written.write_text(catalogue(sim.url, echo.url))
+        with Up(directory / "data", env={**SETTINGS, **SECRETS, "HOTPATH_CATALOG": str(written)}) as running:
+            yield Door(running, sim, echo)
+        for log in (directory / "data" / "logs").iterdir():
+            assert b"canary-" not in log.read_bytes(), log.name
+    echo.close()
