@@ -148,9 +148,7 @@ class Connection(RequestHandler):
     def data_received(self, data: bytes) -> None:
         """Parse; while nothing is being handled, a head is incomplete and the clock runs."""
         if self._discard:
-            self._discarded += len(data)
-            if self._discarded > LINGER_BYTES and self.transport is not None:
-                self.transport.pause_reading()
+            self._throw_away(data)
             return
         if data:  # aiohttp calls with b"" to go on with what it kept back
             try:
@@ -174,6 +172,11 @@ class Connection(RequestHandler):
                 self._body = body
         elif self._head_timer is None and self._waiter is not None and data:
             self._head_timer = self._loop.call_later(self._server.timers.head, self._late)
+
+    def _throw_away(self, data: bytes) -> None:
+        self._discarded += len(data)
+        if self._discarded > LINGER_BYTES and self.transport is not None:
+            self.transport.pause_reading()
 
     def _break_off(self, error: BadFraming) -> None:
         """Refuse what the parser would have taken; whatever else comes is not read."""
