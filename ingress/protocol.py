@@ -231,7 +231,7 @@ class Connection(RequestHandler):
         waits = self._waiter is not None and not self._waiter.done() and not self._messages
         if not waits or self._head_timer is not None or self.busy():
             return 0.0
-        return self._loop.time() - (self._next_keepalive_close_time - IDLE_S)
+        return self._loop.time() - (self._next_keepalive_close_time - self._server.timers.idle)
 
     def has_unread(self) -> bool:
         """Whether bytes have come that the loop has not read yet."""
