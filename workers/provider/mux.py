@@ -92,6 +92,9 @@ class Pair:
         self._size += size
         if self._soon:
             return
+        if at_once and len(self.channels) == 1:  # nobody else's frame could share the message
+            self.flush()
+            return
         loop = self._mux.loop
         if not at_once:
             now = loop.time()
