@@ -16,6 +16,10 @@ class StateUnavailable(Exception):
     """Redis did not answer in time, or answered that it cannot serve. The call may or may not have been applied."""
 
 
+class NotApplied(StateUnavailable):
+    """Certainly not applied: nothing was sent, or Redis refused it before its first write."""
+
+
 class Reserved(Struct, frozen=True, kw_only=True):
     """Answer of `reserve`.
 

@@ -17,7 +17,7 @@ from hiredis import HiredisError, Reader, ReplyError
 from msgspec import Struct
 
 from shared.state.address import Address
-from shared.state.base import StateUnavailable
+from shared.state.base import NotApplied, StateUnavailable
 from shared.state.resp import pack
 
 #: Commands written and not yet answered, at most: at 10 us a command the server is 80 ms behind by then.
@@ -87,13 +87,13 @@ class Pipeline(asyncio.Protocol):
     def send(self, command: bytes, within: float) -> "asyncio.Future[Any]":
         """Write a packed command in this turn of the loop; the future gets the reply, an error reply as a value.
 
-        Raises StateUnavailable at once when not connected, gated or full; the future raises it after `within` seconds
-        or when the connection is lost.
+        Raises NotApplied at once when not connected, gated or full; the future raises StateUnavailable after `within`
+        seconds or when the connection is lost.
         """
         if not self._ready:
-            raise StateUnavailable("redis: not connected")
+            raise NotApplied("redis: not connected")
         if self._gate is not None:
-            raise StateUnavailable("redis: not answering, calls are held back until a probe is answered")
+            raise NotApplied("redis: not answering, calls are held back until a probe is answered")
         return self._send(command, within)
 
     def cast(self, command: bytes) -> None:
@@ -105,7 +105,7 @@ class Pipeline(asyncio.Protocol):
         """One command, packed here. Raises StateUnavailable, for error replies too."""
         reply = await self.send(pack(args), within)
         if type(reply) is ReplyError:
-            raise StateUnavailable(f"redis: {reply}")
+            raise NotApplied(f"redis: {reply}")
         return reply
 
     async def many(self, commands: Iterable[tuple[bytes | int | str, ...]], within: float) -> list[Any]:
@@ -177,7 +177,7 @@ class Pipeline(asyncio.Protocol):
 
     def _send(self, command: bytes, within: float) -> "asyncio.Future[Any]":
         if len(self._waiting) >= MAX_PENDING:
-            raise StateUnavailable("redis: too many commands are waiting for an answer")
+            raise NotApplied("redis: too many commands are waiting for an answer")
         future: asyncio.Future[Any] = self._loop.create_future()
         self._write(command, future, self.now() + within)
         return future

@@ -8,7 +8,7 @@ from typing import Any, Final
 from hiredis import ReplyError
 from msgspec import Struct
 
-from shared.state.base import StateUnavailable
+from shared.state.base import NotApplied
 from shared.state.pipeline import Pipeline
 from shared.state.resp import pack
 
@@ -43,7 +43,7 @@ class Scripts:
         self._loading: set[bytes] = set()
 
     async def run(self, script: Script, keys: tuple[bytes, ...], args: tuple[bytes | int, ...], within: float) -> Any:
-        """The script's answer. Raises StateUnavailable: no answer within so many seconds, or an error reply.
+        """The script's answer. Raises StateUnavailable: no answer within so many seconds; NotApplied: an error reply.
 
         NOSCRIPT means that nothing ran, so loading the script and asking again is no retry in the ledger's sense.
         """
@@ -60,7 +60,7 @@ class Scripts:
         if _forgotten(reply):  # flushed again in between
             reply = await self._pipeline.send(pack((b"EVAL", script.text, *tail)), give_up - self._pipeline.now())
         if type(reply) is ReplyError:
-            raise StateUnavailable(f"{script.name}: {reply}")
+            raise NotApplied(f"{script.name}: {reply}")
         return reply
 
     def _load(self, script: Script) -> None:

@@ -142,11 +142,10 @@ async def running(role: Role, valkey_url: str, follower: str, **env: str) -> Asy
 
 
 def without_redis(rig: Rig) -> Away:
-    """Take the ledger away from a role that is running; voids are tried again without waiting."""
+    """Take the ledger away from a role that is running."""
     away = Away()
     cast("Any", rig.ctx.state).ledger = away
-    voids = cast("Any", rig.role)._voids
-    voids._ledger, voids._sleep = away, lambda _seconds: asyncio.sleep(0)
+    cast("Any", rig.role)._behind._ledger = away
     return away
 
 

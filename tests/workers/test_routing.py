@@ -100,7 +100,7 @@ async def test_every_circuit_open_is_503_with_the_soonest_wait(rig):
     assert failed.head is not None
     assert failed.head[headers.BR_ESTIMATED_COST] == "$0.003"
     assert [hop.role for hop in failed.hops] == ["guardian", "routing"]
-    await rig.role._voids.drain(1)
+    await rig.role._behind.drain(1)
     assert "void" in away.calls
 
 
@@ -110,7 +110,7 @@ async def test_a_success_between_keeps_it_closed(rig):
     assert decode_call(await rig.next_forwarded()).plan.steps == (ONE, TWO)
 
 
-async def test_no_provider_voids_and_says_503(rig):
+async def test_no_provider_behind_and_says_503(rig):
     """Faults 19, 37."""
     made = await rig.ctx.state.create_key(f"t{secrets.token_hex(4)}", 10**9, "month")
     ledger, now = rig.ctx.state.ledger, rig.ctx.state.clock.now()
@@ -121,7 +121,7 @@ async def test_no_provider_voids_and_says_503(rig):
     rig.ctx.rosters["provider"].dead("next")
     rig.to_role(encode(Route(ask=request, admission=admission())))
     assert (await rig.next_failed()).error.code == "no_worker"
-    await rig.role._voids.drain(3)
+    await rig.role._behind.drain(3)
     assert {level.pending for level in await ledger.balances(tenant=made.tenant_id)} == {0}
 
 
@@ -130,7 +130,7 @@ async def test_what_was_not_reserved_is_not_voided(rig):
     rig.ctx.rosters["provider"].dead("next")
     rig.to_role(encode(Route(ask=ask("t", "k"), admission=admission(reserved=False))))
     await rig.next_failed()
-    await rig.role._voids.drain(1)
+    await rig.role._behind.drain(1)
     assert away.calls == []
 
 

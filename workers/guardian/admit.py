@@ -22,7 +22,7 @@ from shared.core.money import show_usd
 from shared.core.overload import Queue, Shares
 from shared.service.killat import reach, reach_soon
 from shared.state.base import Principal, Reserved, StateUnavailable
-from shared.state.voids import Voids
+from shared.state.behind import Behind
 from shared.wire import subjects
 from shared.wire.errors import (
     BusDown,
@@ -90,7 +90,7 @@ class Guardian:
         self._ctx = ctx
         self._times = envelope.Times.of(ctx.settings)
         self._floor = ctx.settings.budget_min_reservation
-        self._voids = Voids(ctx.state.ledger)
+        self._behind = Behind(ctx.state.ledger, ctx.log, tombstone_ms=ctx.settings.ledger_tombstone_ms)
         self._loop = asyncio.get_running_loop()
         self.capacity = ctx.settings.max_in_flight
         self._queue = Queue()
@@ -119,7 +119,7 @@ class Guardian:
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=timeout)
         await self._ctx.sender.settled()  # what could not be handed on is void
-        await self._voids.drain(timeout)
+        await self._behind.drain(timeout)
         if self._sweeper is not None:
             self._sweeper.cancel()
 
@@ -174,7 +174,7 @@ class Guardian:
         except Exception:  # the process's door: one request must not take the others with it
             self._ctx.log.exception("a request failed", extra={"requestId": ask.label, "rid": ask.rid})
             if pending is not None:
-                self._voids.void(pending.ask)
+                self._behind.void(pending.ask)
             self._refusals.fail(ask, HotpathError(), hops)
         finally:
             self._shares.give(ask.tenant)
@@ -231,7 +231,7 @@ class Guardian:
                 not_after=self._ctx.state.clock.now() + RESERVE_MS,
             )
         except StateUnavailable:
-            self._voids.void(ask)  # it may have been applied all the same
+            self._behind.void(ask)  # it may have been applied all the same
             self._without_ledger(pending)
             return
         reach("guardian.after_reserve")
@@ -300,7 +300,7 @@ class Guardian:
 
     def _give_up(self, ask: Ask, admission: Admission, hops: tuple[Hop, ...], error: HotpathError) -> None:
         if admission.reserved:
-            self._voids.void(ask)
+            self._behind.void(ask)
         self._refusals.fail(ask, error, hops, guardian_head(admission))
 
     def _refuse(self, pending: _Pending, error: HotpathError) -> None:

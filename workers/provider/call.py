@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -16,7 +15,7 @@ from shared.core.translators import registry
 from shared.core.translators.base import Dialect
 from shared.service.killat import reach
 from shared.state.base import Clock, StateUnavailable
-from shared.state.voids import Voids
+from shared.state.behind import Behind, Settle
 from shared.wire import errors, subjects
 from shared.wire.errors import HotpathError
 from shared.wire.messages import Call, Cancel, Credit, Step, decode_call
@@ -35,12 +34,9 @@ if TYPE_CHECKING:
     from shared.state.redis import State
 
 SWEEP_S: Final = 5.0  # idle connections are looked at
-#: Tasks behind the answer (voids of a dispatch in doubt, late settles).
-MAX_BEHIND: Final = 10_000
-#: Seconds between the tries of what Redis did not take.
-WAITS: Final = (0.0, 1.0, 4.0, 16.0)
-#: A drain waits for them, but no longer than their last try.
-LATE_S: Final = sum(WAITS) + 1
+#: A drain waits so long for settlements Redis has not taken yet: one that was frozen for half a minute is back by then.
+LATE_S: Final = 40.0
+VOIDS_S: Final = 1.0  # and so long for voids alone, which a lease makes too
 #: And for the look-up of a key in Redis, which answers within 100 ms or fails.
 CHECK_S: Final = 1.0
 MAX_NAMED: Final = 20  # requests named in one log line
@@ -66,8 +62,7 @@ class Provider:
         self.capacity = 0
         self._walks: dict[Walk, asyncio.Task[None]] = {}
         self._serving: set[tuple[str, str, int]] = set()  # tenant, rid and delivery of each walk
-        self._behind: set[asyncio.Task[None]] = set()
-        self._checks: set[asyncio.Task[None]] = set()
+        self._checks: set[asyncio.Task[None]] = set()  # of keys our copy does not know yet
         self._draining = False
         self._timers: list[asyncio.TimerHandle] = []
         self._subscription: Subscription | None = None
@@ -92,7 +87,7 @@ class Provider:
         self._shares = Shares(ctx.settings.max_in_flight_per_tenant)
         ctx.metrics.show_queue(self.name, self.queue)
         self._bus = ctx.bus
-        self._voids = Voids(ctx.state.ledger)
+        self._behind = Behind(ctx.state.ledger, ctx.log, tombstone_ms=ctx.settings.ledger_tombstone_ms)
         self.mux = Mux(ctx.bus, self.name, ctx.instance, self.loop, ctx.settings.reply_mux_ms / 1000)
         self._control = Control(self.mux, ctx.rosters, self.loop)
         self.outcomes = OutcomeLog(ctx.bus, self.loop)
@@ -142,20 +137,16 @@ class Provider:
         self._control.close()
         for timer in self._timers:
             timer.cancel()
-        await asyncio.gather(self._voids.drain(LATE_S), self._settle_late())
+        await self._settle_late()
         for target in self._targets.values():
             target.pool.close()
 
     async def _settle_late(self) -> None:
-        """Money that Redis did not take yet: what is given up here stays unconfirmed until reconcile."""
-        if not self._behind:
-            return
-        self.log.warning("waiting for Redis to take what is still to be settled", extra={"count": len(self._behind)})
-        _, late = await asyncio.wait(self._behind, timeout=LATE_S)
-        for task in late:
-            task.cancel()
-        if late:
-            self.log.error("settlements were left unconfirmed", extra={"count": len(late)})
+        """Money that Redis did not take yet: what is given up here stands in the log."""
+        count = self._behind.settles
+        if count:
+            self.log.warning("waiting for Redis to take what is still to be settled", extra={"count": count})
+        await self._behind.drain(LATE_S if count else VOIDS_S)
 
     def _make_targets(self) -> None:
         """One pool for each endpoint; one target for each step that the catalogue names."""
@@ -222,6 +213,11 @@ class Provider:
             self._refuse(message, errors.ShuttingDown() if self._draining else errors.Overloaded())
             return
         ask = message.ask
+        if not message.admission.reserved and self._behind.full(len(self._walks)):
+            self._refuse(
+                message, errors.LedgerDown("The budget ledger is unreachable, and too much waits to be billed.")
+            )
+            return
         # The ledger gives one holder the same answer each time it asks: here each delivery is walked once, whatever
         # stream number a repeated one names, or two upstream calls would be settled as one (I7).
         key = (ask.tenant, ask.rid, ask.delivery)
@@ -274,45 +270,16 @@ class Provider:
     def void(self, message: Call) -> None:
         """No call was made for this delivery."""
         if message.admission.reserved:
-            self._voids.void(message.ask)
+            self._behind.void(message.ask)
 
     def void_doubt(self, message: Call, call: int = 1) -> None:
         """A dispatch or top-up (for `call`) got no answer, no call was made: settle at 0 what it may have opened."""
-        ask, instance = message.ask, self.instance
+        self._behind.void_doubt(message.ask, self.instance, call)
 
-        async def void() -> None:
-            await self.ledger.void(tenant=ask.tenant, rid=ask.rid, delivery=ask.delivery, instance=instance, call=call)
-
-        self._later(void)
-
-    def late_settle(self, message: Call, call: int, cost: int, estimated: bool) -> None:
-        """Redis did not take a settlement: it is unconfirmed until this arrives (or reconcile does it)."""
-        ask = message.ask
-        self.log.warning("settlement not confirmed", extra={"requestId": ask.rid, "call": call})
-
-        async def settle() -> None:
-            await self.ledger.settle(tenant=ask.tenant, rid=ask.rid, call=call, cost=cost, estimated=estimated)
-
-        self._later(settle)
-
-    def _later(self, action: Callable[[], Awaitable[None]]) -> None:
-        if len(self._behind) >= MAX_BEHIND:
-            self._given_up.inc()
-            return
-
-        async def tries() -> None:
-            for wait in WAITS:
-                await asyncio.sleep(wait)
-                try:
-                    await action()
-                except StateUnavailable:
-                    continue
-                return
-            self._given_up.inc()
-
-        task = self.loop.create_task(tries())
-        self._behind.add(task)
-        task.add_done_callback(self._behind.discard)
+    def late_settle(self, settle: Settle, error: StateUnavailable) -> None:
+        """Redis did not take a settlement: it is unconfirmed until it arrives (or reconcile does it)."""
+        self.log.warning("settlement not confirmed", extra={"requestId": settle.rid, "call": settle.call})
+        self._behind.settle(settle, error)
 
     def overrun(self, message: Call, call: int, cost: int) -> None:
         """The provider billed more than was reserved: posted in full, with an alert (DESIGN 4)."""
@@ -341,7 +308,11 @@ class Provider:
         self._claims = metrics.counter("circuit_claims_total", "Claims of a circuit's probe", ("endpoint", "result"))
         self._ignored = metrics.counter("provider_messages_ignored_total", "Messages that are no call, or lead nowhere")
         self._overruns = metrics.counter("ledger_overruns_total", "Calls billed above their reservation")
-        self._given_up = metrics.counter("provider_ledger_given_up_total", "Voids and settlements Redis never took")
+        behind = self._behind
+        waiting = metrics.gauge("provider_settlements_waiting", "Settlements Redis has not taken yet")
+        waiting.set_function(lambda: float(behind.settles))
+        given_up = metrics.gauge("provider_ledger_given_up", "Voids and settlements Redis never took")
+        given_up.set_function(lambda: float(behind.given_up))
         metrics.gauge("reply_frames_lost", "Frames that could not be published").set_function(
             lambda: float(self.mux.lost)
         )

@@ -11,6 +11,7 @@ from shared.core import tokens
 from shared.core.translators.base import Translator
 from shared.service.killat import reach, reach_soon
 from shared.state.base import Dispatched, StateUnavailable
+from shared.state.behind import Settle
 from shared.wire import errors
 from shared.wire import headers as names
 from shared.wire.errors import HotpathError
@@ -277,8 +278,8 @@ class Walk:
             await self._provider.ledger.settle(
                 tenant=ask.tenant, rid=ask.rid, call=self.call, cost=paid.cost, estimated=paid.estimated
             )
-        except StateUnavailable:
-            self._provider.late_settle(self._message, self.call, paid.cost, paid.estimated)
+        except StateUnavailable as error:
+            self._provider.late_settle(Settle(ask.tenant, ask.rid, self.call, paid.cost, paid.estimated), error)
             return False
         reach("provider.after_settle")
         return True
@@ -293,10 +294,10 @@ class Walk:
         target = self._next_target()
         if target is None or not await self._back_off(target.step):
             return None
-        if message.admission.reserved and not await self._top_up():
-            return None
         if not message.admission.reserved:
             self.call += 1
+        elif not await self._top_up():
+            return None
         return target
 
     def _next_target(self) -> "Target | None":

@@ -18,7 +18,7 @@ from shared.core.head import guardian_head
 from shared.core.overload import Queue
 from shared.core.plan import make_plan, soonest
 from shared.service.killat import reach, reach_soon
-from shared.state.voids import Voids
+from shared.state.behind import Behind
 from shared.wire import subjects
 from shared.wire.errors import BusDown, CircuitOpen, HotpathError, ModelNotFound, NoWorker, Overloaded, TooLarge, quote
 from shared.wire.messages import Call, Cancel, Credit, Hop, Plan, Route, decode_route, encode
@@ -45,7 +45,7 @@ class Routing:
 
     def in_flight(self) -> int:
         """Reservations being given back; a request itself never waits here."""
-        return self._voids.under_way
+        return self._behind.under_way
 
     def control(self, message: Cancel | Credit) -> None:
         """Nothing: a request never waits here, and its provider hears the cancel itself."""
@@ -53,7 +53,7 @@ class Routing:
     async def start(self, ctx: "Context") -> None:
         """Subscribe to requests and to outcomes."""
         self._ctx = ctx
-        self._voids = Voids(ctx.state.ledger)
+        self._behind = Behind(ctx.state.ledger, ctx.log, tombstone_ms=ctx.settings.ledger_tombstone_ms)
         self._max_retries = ctx.settings.routing_max_retries
         self._learner = Learner(ctx)
         self._turns = Turns()
@@ -76,7 +76,7 @@ class Routing:
         timeout = self._ctx.settings.shutdown_drain_ms / 1000
         await self._learner.drain(timeout)
         await self._ctx.sender.settled()  # what could not be handed on is void
-        await self._voids.drain(timeout)
+        await self._behind.drain(timeout)
 
     def _on_route(self, _subject: str, _reply: str, payload: bytes, _no_responders: bool) -> None:
         began = time.perf_counter()
@@ -134,5 +134,5 @@ class Routing:
 
     def _give_up(self, route: Route, hops: tuple[Hop, ...], error: HotpathError) -> None:
         if route.admission.reserved:
-            self._voids.void(route.ask)
+            self._behind.void(route.ask)
         self._refusals.fail(route.ask, error, hops, guardian_head(route.admission))
