@@ -60,9 +60,11 @@ class Health:
         return visit.reply(200 if good else 503, body, [("Content-Type", "application/json")])
 
     def require(self) -> None:
-        """Refuse at once what could only time out. Raises BusDown, NoWorker."""
+        """Refuse at once what could only time out. Raises BusDown, NoWorker, LedgerDown."""
         if not self._bus.connected:
             raise errors.BusDown
+        if not self._registry.ready:  # nor is the shared time known: a deadline would mean nothing
+            raise errors.LedgerDown("The budget ledger has not been reachable since this process started.")
         now = self._clock()
         if now - self._looked >= LOOK_S:
             self._looked = now

@@ -62,6 +62,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     nats_url_routing: Annotated[str, Meta(description="The bus as routing's own user; empty = NATS_URL.")] = ""
     nats_url_provider: Annotated[str, Meta(description="The bus as the provider's own user; empty = NATS_URL.")] = ""
     redis_url: Annotated[str, Meta(description="The shared state (ledger, keys).")] = "redis://127.0.0.1:6379/0"
+    state_required: Annotated[bool, Meta(description="Do not start while Redis is away (exit 1).")] = False
     metrics_host: Annotated[str, Meta(description="Address of each process's /metrics.")] = "127.0.0.1"
     metrics_port: Annotated[Port, Meta(description="Its port; 0 = a free one for each process.")] = 0
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="Least level logged.")] = "info"

@@ -117,6 +117,7 @@ class Rig:
             self.log,
             connect_bus=self.connect_bus,
             connect_state=self.connect_state,
+            state_away=lambda _settings: cast("State", self.state),
             started_at=time.monotonic(),
         )
         await self.process.run()
@@ -323,16 +324,38 @@ async def test_the_first_connection_is_tried_for_a_while(
     async with rig:
         assert tries == 3
 
-    async def away(*_: Any) -> State:
-        raise StateUnavailable("nobody home")
-
-    rig.connect_state = away
-    with pytest.raises(BootError, match=r"Redis did not answer .*nobody home.*REDIS_URL"):
-        await rig.run()
     log.close()
     text = (tmp_path / "log").read_text()
     assert "waiting for NATS" in text
     assert SECRETS["ADMIN_API_KEY"] not in text
+
+
+async def test_a_redis_that_is_away_at_the_start(
+    env: dict[str, str], log: Log, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """S1-M6a: said in one CRITICAL line, and the process starts all the same; with STATE_REQUIRED it ends (exit 1)."""
+    for bound in ("CONNECT_S", "GLANCE_S"):
+        monkeypatch.setattr(process, bound, 0.05)
+    monkeypatch.setattr(process, "RETRY_S", 0.01)
+
+    async def away(*_: Any) -> State:
+        raise StateUnavailable("nobody home")
+
+    rig = Rig(env, log, Idle())
+    rig.connect_state, rig.state.ready = away, False
+    async with rig:
+        assert not rig.beats[0].loaded
+        rig.state.ready = True
+        await rig.seen.count(3)
+        assert rig.beats[-1].loaded
+    required = Rig({**env, "STATE_REQUIRED": "true"}, log, Idle())
+    required.connect_state = away
+    with pytest.raises(BootError, match=r"Redis did not answer .*nobody home.*REDIS_URL"):
+        await required.run()
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    [line] = [line for line in lines if line["level"] == "critical"]
+    assert "starting without Redis" in line["msg"]
 
 
 async def test_a_failing_role_ends_the_boot(env: dict[str, str], log: Log) -> None:

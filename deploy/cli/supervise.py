@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +24,7 @@ ORDER: Final = {"ingress": 0, "provider": 1, "routing": 2, "guardian": 3, "simul
 OTHER: Final = 4  # a role of the Procfile that is not known here
 READY_TIMEOUT_S: Final = 60.0
 READY_POLL_S: Final = 0.015
+PATIENCE_S: Final = 5.0  # after that a fleet that runs and is not ready is said to be so
 
 
 class NotStarted(Exception):
@@ -103,13 +105,17 @@ class Supervisor:
     async def wait_ready(self, is_ready: Callable[[], Awaitable[bool]]) -> bool:
         """Until every process has said so and `is_ready` answers True; False when told to leave before.
 
-        Raises NotStarted when a process refuses its settings, or after READY_TIMEOUT_S.
+        Raises NotStarted when a process refuses its settings, or has not said so after READY_TIMEOUT_S. A fleet that
+        runs and is not ready (its Redis is away, S1-M6a) is waited for without end: it heals by itself.
         """
         work = asyncio.create_task(self._all_ready(is_ready))
         leaving = asyncio.create_task(self.leaving.wait())
         tasks = {slot.task for slot in self.slots if slot.task is not None}
+        watched = {work, leaving, *tasks}
         try:
-            await asyncio.wait({work, leaving, *tasks}, timeout=READY_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(watched, timeout=READY_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+            if not done and all(slot.ready.is_set() for slot in self.slots):
+                await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
             if self.leaving.is_set():
                 return False
             self._look_for_faults()
@@ -137,7 +143,11 @@ class Supervisor:
     async def _all_ready(self, is_ready: Callable[[], Awaitable[bool]]) -> None:
         for slot in self.slots:
             await slot.ready.wait()
-        while not await is_ready():  # noqa: ASYNC110 - it asks another process, which signals nothing
+        say_at = time.monotonic() + PATIENCE_S
+        while not await is_ready():
+            if time.monotonic() >= say_at:
+                self.screen.say("every process runs, but the gateway is not ready yet: GET /ready says what is missing")
+                say_at = float("inf")
             await asyncio.sleep(READY_POLL_S)
 
     async def stop(self) -> None:

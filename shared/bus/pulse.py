@@ -42,6 +42,7 @@ class Living:
     instance: str
     capacity: int
     in_flight: Callable[[], int]
+    loaded: Callable[[], bool]
     bus: Bus
     sender: Sender
 
@@ -131,6 +132,7 @@ class Pulse:
                 in_flight=0 if self._booting else one.in_flight(),
                 capacity=one.capacity,
                 draining=self._draining or self._booting,
+                loaded=one.loaded(),
                 metrics=self._url,
                 booting=self._booting,
             )

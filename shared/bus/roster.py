@@ -62,7 +62,8 @@ class Roster:
         if member is None:
             self._admit(beat, now)
             return
-        if member.dead or member.beat.draining != beat.draining or now - member.heard >= ALIVE_S:
+        was = member.beat
+        if member.dead or (was.draining, was.loaded) != (beat.draining, beat.loaded) or now - member.heard >= ALIVE_S:
             self._pool_until = float("-inf")
         member.beat = beat
         member.heard = max(now, member.heard)
@@ -88,7 +89,8 @@ class Roster:
                 return
 
     def pick(self, now: float, skip: AbstractSet[str] = _NOBODY, dice: Dice = random) -> str | None:
-        """The instance the next message goes to: alive, not draining, not in `skip`; None when there is none."""
+        """The instance the next message goes to: alive, not draining, not in `skip`, loaded if any is; None when there
+        is none."""
         if now >= self._pool_until:
             self._fill(now)
         pool = self._pool
@@ -106,7 +108,9 @@ class Roster:
 
     def _fill(self, now: float) -> None:
         alive = [(instance, member) for instance, member in self._members.items() if _lives(member, now)]
-        self._pool = [entry for entry in alive if not entry[1].beat.draining]
+        serving = [entry for entry in alive if not entry[1].beat.draining]
+        # Who has never reached Redis can only refuse: the last resort, and better than nobody's answer.
+        self._pool = [entry for entry in serving if entry[1].beat.loaded] or serving
         self._pool_until = min((member.heard + ALIVE_S for _, member in self._pool), default=float("-inf"))
 
     def sent(self, instance: str) -> None:

@@ -31,6 +31,7 @@ from shared.wire.messages import decode_control
 
 EXIT_FAULT: Final = 1
 CONNECT_S: Final = 10.0  # how long the first connection is tried
+GLANCE_S: Final = 3.0  # how long Redis is waited for before the process starts without it
 RETRY_S: Final = 0.1
 ENVELOPE_BYTES: Final = 65_536  # what an envelope may add to the largest body (DESIGN 3)
 CLOSE_S: Final = 3.0  # for each connection
@@ -45,6 +46,10 @@ class ConnectBus(Protocol):
         """Raises BusUnavailable."""
 
 
+class NoAnswer(BootError):
+    """A server did not answer in time; it may yet."""
+
+
 class Process:
     """The roles of one process and what they share."""
 
@@ -57,6 +62,7 @@ class Process:
         *,
         connect_bus: ConnectBus,
         connect_state: Callable[[Settings], Awaitable[State]],
+        state_away: Callable[[Settings], State] = State.away,
         started_at: float,
     ) -> None:
         self._roles = roles
@@ -65,6 +71,7 @@ class Process:
         self._logs = log
         self._connect_bus = connect_bus
         self._connect_state = connect_state
+        self._state_away = state_away
         self._started_at = started_at
         self._instances = {role.name: new_instance() for role in roles}
         self._log = log.role(roles[0].name, self._instances[roles[0].name])
@@ -122,8 +129,6 @@ class Process:
                     f" {need}: raise max_payload in the server's configuration, or lower MAX_BODY_BYTES"
                 )
         state.run()
-        if not state.registry.ready:  # connect loads it: tenants and keys are here before anybody is told that we are
-            raise BootError("the registry of tenants and keys was not loaded: look at Redis's log")
         try:
             server = self._server = MetricsServer(
                 self._metrics, settings.metrics_host, settings.metrics_port, settings.admin_api_key
@@ -145,12 +150,12 @@ class Process:
         server.start()
         gc.collect()
         gc.freeze()  # what is loaded now lives as long as the process: full collections need not walk it
-        self._pulse.start(self._living(), server.url)
+        self._pulse.start(self._living(state), server.url)
         self._say_ready(server.url)
 
-    def _living(self) -> list[Living]:
+    def _living(self, state: State) -> list[Living]:
         return [
-            Living(role.name, ctx.instance, role.capacity, role.in_flight, ctx.bus, ctx.sender)
+            Living(role.name, ctx.instance, role.capacity, role.in_flight, _loaded(state), ctx.bus, ctx.sender)
             for role, ctx in zip(self._roles, self._contexts, strict=True)
         ]
 
@@ -165,7 +170,18 @@ class Process:
             await asyncio.wait(connecting)
 
     async def _connect_redis(self) -> None:
-        self._state = await self._patiently("Redis", "REDIS_URL", lambda: self._connect_state(self._settings))
+        """Tenants and keys are loaded before anybody is told that we are here. Without Redis the process starts all the
+        same and refuses until it answers (S1-M6a), unless STATE_REQUIRED says otherwise. Raises BootError."""
+        required = self._settings.state_required
+        try:
+            self._state = await self._patiently(
+                "Redis", "REDIS_URL", lambda: self._connect_state(self._settings), CONNECT_S if required else GLANCE_S
+            )
+        except NoAnswer as error:
+            if required:
+                raise
+            self._log.critical("starting without Redis: requests are refused until it answers: %s", error)
+            self._state = self._state_away(self._settings)
 
     async def _connect_buses(self) -> None:
         """One connection for each user among the roles (one in all while they share a user)."""
@@ -178,11 +194,12 @@ class Process:
                     "NATS",
                     setting,
                     lambda url=url, name=name: self._connect_bus(url, name, self._on_bus),  # type: ignore[misc]
+                    CONNECT_S,
                 )
 
-    async def _patiently(self, what: str, setting: str, connect: Callable[[], Awaitable[T]]) -> T:
-        """Try to connect until CONNECT_S are over, saying so once a second. Raises BootError."""
-        end = time.monotonic() + CONNECT_S
+    async def _patiently(self, what: str, setting: str, connect: Callable[[], Awaitable[T]], within: float) -> T:
+        """Try to connect for so many seconds, saying so once a second. Raises NoAnswer, BootError."""
+        end = time.monotonic() + within
         say_at = time.monotonic()
         while True:
             try:
@@ -193,8 +210,8 @@ class Process:
                 now = time.monotonic()
                 reason = self._logs.redactor.clean(str(error) or type(error).__name__)
                 if now >= end:
-                    raise BootError(
-                        f"{what} did not answer within {CONNECT_S:.0f} s ({reason}): is it running? is {setting} right?"
+                    raise NoAnswer(
+                        f"{what} did not answer within {within:.0f} s ({reason}): is it running? is {setting} right?"
                     ) from error
                 if now >= say_at:
                     self._log.warning("waiting for %s", what, extra={"error": reason, "left_s": round(end - now, 1)})
@@ -345,6 +362,10 @@ class Process:
             await asyncio.wait_for(closing, CLOSE_S)
         except TimeoutError:
             self._log.warning("could not close %s in time", what)
+
+
+def _loaded(state: State) -> Callable[[], bool]:
+    return lambda: state.registry.ready
 
 
 def _count_alive(roster: Roster) -> int:

@@ -126,6 +126,11 @@ class Pipeline(asyncio.Protocol):
         await self._open()
         self._keeper = self._loop.create_task(self._keep())
 
+    def start(self) -> None:
+        """The same without a first connect: calls fail at once until one succeeds."""
+        self._lost.set()
+        self._keeper = self._loop.create_task(self._keep())
+
     async def close(self) -> None:
         """Close; what still waits fails."""
         if self._keeper is not None:

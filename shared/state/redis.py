@@ -6,7 +6,7 @@ and 27 MB in each process, and its retries would have to be switched off one by 
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import logging
 from typing import Final
 
 from shared.settings import Settings
@@ -25,12 +25,18 @@ from shared.state.scripts import Scripts
 POLL_S: Final = 0.5
 CLOCK_S: Final = 1.0
 
+_log: Final = logging.getLogger("hotpath.state")
+
 _TIMEOUT: Final = 0.5
 _PING_TIMEOUT: Final = 0.25
 
 
 class State:
-    """The shared state of one process; made by `connect`, closed by `close`."""
+    """The shared state of one process; made by `connect` or `away`, closed by `close`.
+
+    `registry.ready` says that the process has ever reached Redis: it then knows the time, the tenants and the circuits,
+    and goes on with its copies while Redis is away. Before that it serves nothing (deploy/decisions/0018).
+    """
 
     ledger: RedisLedger
     clock: SharedClock
@@ -82,6 +88,14 @@ class State:
         except BaseException:  # also when cancelled: nothing may stay open
             await state.close()
             raise
+        return state
+
+    @classmethod
+    def away(cls, settings: Settings) -> "State":
+        """Without Redis, which is connected to as soon as it answers. Raises ValueError (URL)."""
+        state = cls(settings)
+        state._hot.start()
+        state._side.start()
         return state
 
     def run(self) -> None:
@@ -147,15 +161,22 @@ class State:
         self.clock.offer(sent, self.clock.monotonic(), int(seconds), int(microseconds))
 
     async def _poll(self) -> None:
+        if not self.clock.ready:  # first, so that a registry that is ready means that the time is known
+            await self._sample()
         await self.registry.poll()
         await self.circuits.poll()
 
     async def _keep_time(self) -> None:
         while True:
             await asyncio.sleep(CLOCK_S)
-            await _unless_away(self._sample)
+            try:
+                await self._sample()
+            except StateUnavailable:
+                continue  # the offset stays as it is
 
     async def _keep_polling(self) -> None:
+        """The copies stay as they are while Redis is away; `registry.fresh` says so."""
+        answers = self.registry.ready
         while True:
             try:
                 async with asyncio.timeout(POLL_S):
@@ -163,12 +184,13 @@ class State:
             except TimeoutError:
                 pass
             self._wake.clear()
-            await _unless_away(self._poll)
-
-
-async def _unless_away(act: Callable[[], Awaitable[None]]) -> None:
-    """The copy stays as it is while Redis is away; `registry.fresh` and the clock's age say so."""
-    try:
-        await act()
-    except StateUnavailable:
-        pass
+            try:
+                await self._poll()
+            except StateUnavailable as error:
+                if answers:
+                    _log.error("Redis does not answer", extra={"error": str(error)})
+                answers = False
+                continue
+            if not answers:
+                _log.info("Redis answers")
+            answers = True

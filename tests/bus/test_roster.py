@@ -2,6 +2,7 @@
 
 import random
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -50,6 +51,17 @@ def test_the_silent_leave_while_others_beat_on() -> None:
     roster.on_beat(beat("b"), 1.0)
     assert set(picks(roster, 1.4)) == {"a", "b"}
     assert set(picks(roster, 1.6)) == {"b"}
+
+
+def test_who_never_reached_redis_is_the_last_resort() -> None:
+    """S1-M6a: a worker that started while Redis is away can only refuse; it gets work while there is nobody else."""
+    roster = roster_of(msgspec.structs.replace(beat("new"), loaded=False), beat("old", 50))
+    assert picks(roster, 0.1) == {"old": 400}
+    roster.dead("old")
+    assert picks(roster, 0.1) == {"new": 400}
+    roster.on_beat(beat("old", 50), 0.2)
+    roster.on_beat(beat("new"), 0.2)
+    assert set(picks(roster, 0.2)) == {"new"}
 
 
 def test_the_less_loaded_of_two_is_taken() -> None:

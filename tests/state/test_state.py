@@ -2,8 +2,10 @@
 
 import asyncio
 import re
+import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from deploy import servers
@@ -11,7 +13,7 @@ from shared.state import keys, scripts
 from shared.state.base import StateUnavailable
 from shared.state.redis import State
 from tests.state.conftest import Connect
-from tests.state.rig import settings_for
+from tests.state.rig import Money, new_rid, settings_for
 
 LUA = Path(scripts.__file__).parent / "lua"
 
@@ -37,6 +39,53 @@ async def test_connect_without_a_server_fails_and_leaves_nothing() -> None:
     with pytest.raises(StateUnavailable, match="cannot connect"):
         await State.connect(settings_for(f"redis://127.0.0.1:{servers.free_port()}/0"))
     assert len(asyncio.all_tasks()) == before
+
+
+async def test_a_start_without_redis_heals_by_itself(tmp_path: Path) -> None:
+    """S1-M6a: what is known is the bootstrap key, of a tenant whose limit is not known and therefore counts as hard;
+    within 2 s of Redis's return the time, the tenants and the circuits are known."""
+    port = servers.free_port()
+    before = len(asyncio.all_tasks())
+    state = State.away(settings_for(f"redis://127.0.0.1:{port}/0"))
+    state.run()
+    known = state.registry.authenticate(b"g" * 40)
+    assert known is not None
+    assert known.limited
+    assert (state.registry.ready, state.registry.fresh, state.available) == (False, False, False)
+    with pytest.raises(StateUnavailable):
+        await state.registry.fetch(b"br_live_aaaaaaaaaaaa_" + b"A" * 43)
+    with servers.running(servers.valkey_command(tmp_path / "valkey", port), port, tmp_path / "log"):
+        async with asyncio.timeout(2):
+            while not state.registry.ready:
+                await asyncio.sleep(0.02)
+        assert state.clock.ready
+        known = state.registry.authenticate(b"g" * 40)
+        assert known is not None
+        assert not known.limited
+        assert state.available
+        await state.close()
+    assert len(asyncio.all_tasks()) == before
+
+
+@pytest.mark.parametrize("jump_ms", [3_600_000, -3_600_000])
+async def test_a_clock_that_jumped_is_followed(own_valkey: str, connect: Connect, jump_ms: int) -> None:
+    """Faults 78: Redis comes back with another clock. Until the next sample (1 s) nothing runs that should not; then
+    requests are served by the new time."""
+    state = await connect(own_valkey)
+    money = Money(state, "jumped")
+    state.clock._offset -= jump_ms  # as if the server's clock had been that much behind until now
+    state.clock._samples[-1] = msgspec.structs.replace(state.clock._samples[-1], offset=state.clock._offset)
+    answer = await money.reserve(new_rid(), ttl=30_000)
+    if jump_ms > 0:
+        assert answer.status in {"late", "stale"}
+    state.run()
+    async with asyncio.timeout(2):
+        while (await money.reserve(new_rid(), ttl=30_000)).status != "ok" or not _same_time(state):
+            await asyncio.sleep(0.02)
+
+
+def _same_time(state: State) -> bool:
+    return abs(state.clock.now() - time.time() * 1000) < 60_000
 
 
 async def test_polling_outlives_a_redis_that_goes_and_returns(tmp_path: Path, connect: Connect) -> None:

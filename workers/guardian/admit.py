@@ -146,6 +146,11 @@ class Guardian:
             return
         hops = envelope.sane_hops(admit.hops) if direct else admit.hops
         at = self._ctx.state.clock.now()
+        if not self._ctx.state.registry.ready:
+            self._refusals.fail(
+                ask, LedgerDown("The budget ledger has not been reachable since this guardian started."), hops
+            )
+            return
         if len(self._tasks) >= self.capacity:
             self._refusals.fail(ask, Overloaded(), hops)
             return

@@ -183,6 +183,11 @@ class Provider:
             return
         since = self.queue.read(self.loop.time())
         ask = message.ask
+        if not self.state.registry.ready:  # nor is the shared time known: what is stale could not be told
+            self._refuse(
+                message, errors.LedgerDown("The budget ledger has not been reachable since this provider started.")
+            )
+            return
         if self.state.registry.lookup(ask.tenant, ask.key) is None:
             if len(self._checks) >= self.capacity:
                 self._refuse(message, errors.Overloaded())

@@ -135,15 +135,14 @@ class Walk:
         if not message.admission.reserved:
             self.call = 1
             return True
-        ledger, clock = self._provider.ledger, self._provider.clock
         reach("provider.before_dispatch")
         answer: Dispatched | None = None
         for _ in range(2):  # a dispatch without a reply is asked again once
             try:
-                answer = await ledger.dispatch(
+                answer = await self._provider.ledger.dispatch(
                     tenant=ask.tenant, rid=ask.rid, delivery=ask.delivery, instance=self._provider.instance,
                     lost=ask.lost, amount=message.admission.amount, max_calls=message.plan.max_calls,
-                    not_after=clock.now() + NOT_AFTER_MS,
+                    not_after=self._provider.clock.now() + NOT_AFTER_MS,
                 )  # fmt: skip
             except StateUnavailable:
                 continue
