@@ -44,7 +44,9 @@ class Health:
     async def ready(self, visit: Visit) -> Reply:
         """200, or 503 with the same detail."""
         now = self._clock()
-        workers = {role: sum(not beat.draining for beat in self._rosters[role].alive(now)) for role in NEEDED}
+        workers = {
+            role: sum(beat.loaded and not beat.draining for beat in self._rosters[role].alive(now)) for role in NEEDED
+        }
         detail = {
             "redis": self._registry.fresh,
             "nats": self._bus.connected,

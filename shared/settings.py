@@ -18,9 +18,9 @@ MIN_SECRET: Final = 32  # characters (S1-C1a)
 ROLES: Final = ("guardian", "routing", "provider")  # what WORKER_ROLES may name; the ingress is its own process
 SECRETS: Final = ("gateway_api_key", "key_pepper", "admin_api_key")
 
-#: After the requests have their answers: settlements that Redis did not take yet are tried for 21 s, then the
-#: connections are closed.
-SETTLE_S: Final = 25.0
+#: After the requests have their answers: settlements that Redis did not take yet are tried for 40 s, which outlasts one
+#: frozen for half a minute; then the connections are closed.
+SETTLE_S: Final = 43.0
 
 _SECRET: Final = re.compile(r"[A-Za-z0-9+/=_-]+\Z", re.ASCII)  # S1-C1b
 _MAKE_ONE: Final = "run `hotpath env`, or: openssl rand -hex 32"

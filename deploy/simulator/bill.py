@@ -10,13 +10,14 @@ name is written, then those of each fragment of its arguments, which add up to t
 `usage.completion_tokens` of a whole answer and of a stream that ended is the same number.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Final
 
 import orjson
-from msgspec import Struct
+from msgspec import Struct, field
 from rs_bpe.bpe import openai as encodings
 
 #: Newest lines kept; an older one is dropped and counted, so that a long load test does not eat the machine.
@@ -89,9 +90,9 @@ def _message_tokens(message: dict[str, Any]) -> int:
 def prompt_tokens(body: dict[str, Any]) -> int:
     """Input tokens of a request body, by the rule above."""
     total = 3 + sum(_message_tokens(message) for message in body["messages"])
-    for field in ("tools", "functions"):
-        if body.get(field):
-            total += count_text(orjson.dumps(body[field]).decode())
+    for name in ("tools", "functions"):
+        if body.get(name):
+            total += count_text(orjson.dumps(body[name]).decode())
     return total
 
 
@@ -103,6 +104,7 @@ class Line(Struct):
     endpoint: str
     stream: bool
     input_tokens: int
+    at_ms: int = field(default_factory=lambda: time.time_ns() // 1_000_000)  # wall clock, when it was accepted
     cached_tokens: int = 0
     output_tokens: int = 0
     complete: bool = False  # the whole answer was written, its finish_reason (or the whole body) included
@@ -114,6 +116,7 @@ class Line(Struct):
             "request_id": self.request_id,
             "model": self.model,
             "endpoint": self.endpoint,
+            "at_ms": self.at_ms,
             "input_tokens": self.input_tokens,
             "cached_tokens": self.cached_tokens,
             "output_tokens": self.output_tokens,

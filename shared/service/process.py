@@ -142,7 +142,7 @@ class Process:
         for role in self._roles:
             self._contexts.append(self._context(role, state, server))
         await self._subscribe(state)
-        self._pulse.announce(self._living())
+        self._pulse.announce(self._living(state))
         await self._pulse.acquaint((self._rosters.keys() & set(ROLES)) - self._instances.keys())
         for role, ctx in zip(self._roles, self._contexts, strict=True):
             await ctx.sender.start()

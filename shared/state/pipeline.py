@@ -29,8 +29,9 @@ PROBE_EVERY: Final = 0.25
 PROBE_TIMEOUT: Final = 0.1
 #: A timer that runs later than this: our own loop stood still, and answers may lie in the socket unread.
 STALL: Final = 0.02
-#: A connection that has said nothing for so long under probes is given up: its peer may be gone without a FIN.
-SILENCE: Final = 5.0
+#: A connection that has said nothing for so long under probes is given up: its peer may be gone without a FIN, and what
+#: a partition swallowed TCP sends again only after waits that double. Below the 2 s in which all must be well again.
+SILENCE: Final = 1.5
 #: Nothing written for so long: a command is written at once instead of at the end of the loop's turn, where it would
 #: hardly have company (shared/bus/nats.py has the same, with the figures).
 QUIET: Final = 0.0002
