@@ -444,6 +444,21 @@ async def test_a_settlement_that_redis_does_not_take_is_said_and_made_later(
         assert (entry.cost, entry.estimated) == (line["cost_nano_usd"], False)
 
 
+async def test_what_could_not_be_billed_is_not_called(valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound of what waits for Redis: an unreserved call whose settlement would not fit is refused, a reserved one
+    (its entry keeps the amount) is not. Nor does anything run here before Redis was reached once (S1-M6a)."""
+    async with running(valkey_url) as rig:
+        monkeypatch.setattr("shared.state.behind.MAX_SETTLES", 0)
+        request = await rig.send("[[sim chunks=3]]", reserved=False)
+        assert (await rig.answer(request)).failed.error.code == "ledger_unavailable"
+        assert await rig.bill(request.rid) == []
+        request = await rig.send("[[sim chunks=3]]")
+        assert (await rig.answer(request)).end
+        monkeypatch.setattr(rig.ctx.state.registry, "_version", -1)
+        request = await rig.send("[[sim chunks=3]]", reserved=False)
+        assert (await rig.answer(request)).failed.error.code == "ledger_unavailable"
+
+
 async def test_an_unreserved_call_is_not_fenced_but_billed(valkey_url: str) -> None:
     """D4: the ledger was away at admission; Accepted says call 0, so that nobody delivers it again."""
     async with running(valkey_url) as rig:
@@ -600,7 +615,6 @@ async def test_drain_waits_for_money_that_redis_does_not_take_yet(
     valkey_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """S1-H5d: a settlement is tried to its end before the process goes."""
-    monkeypatch.setattr("workers.provider.call.WAITS", (0.0, 1.2))
     async with running(valkey_url) as rig:
         ledger, real, failing = rig.ctx.state.ledger, rig.ctx.state.ledger.settle, [True, True]
 
