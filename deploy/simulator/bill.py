@@ -104,11 +104,11 @@ class Line(Struct):
     endpoint: str
     stream: bool
     input_tokens: int
-    at_ms: int = field(default_factory=lambda: time.time_ns() // 1_000_000)  # wall clock, when it was accepted
     cached_tokens: int = 0
     output_tokens: int = 0
     complete: bool = False  # the whole answer was written, its finish_reason (or the whole body) included
     usage_sent: bool = False  # and so was a true `usage`: who read it knows this line exactly
+    at_ms: int = field(default_factory=lambda: time.time_ns() // 1_000_000)  # wall clock, when it was accepted
 
     def show(self) -> dict[str, Any]:
         """The line as /_sim/bill tells it."""

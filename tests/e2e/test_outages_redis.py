@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -381,7 +382,10 @@ async def test_born_in_an_outage(around: Servers, up: Up, tenant: Callable[..., 
                 assert sum("starting without Redis" in line for line in role.log.read_text().splitlines()) == 1
             around.redis.start()
             await eventually(lambda: ready(ingress.url)[0] == 200, 2.0, "ready again")
-            assert (await Client(http, ingress.url, made["key"]).chat(invariants.prompt(1))).ended_well
+            young, end = Client(http, ingress.url, made["key"]), time.monotonic() + 2.0
+            while not (seen := await young.chat(invariants.prompt(1))).ended_well:
+                assert time.monotonic() < end, seen.error
+                await asyncio.sleep(0.05)
     finally:
         if not around.redis.running:
             around.redis.start()

@@ -1,6 +1,7 @@
 """What the simulator answers, and that its bill says the same (issue 2, section 5; I12)."""
 
 import json
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -68,6 +69,7 @@ async def test_a_whole_answer_and_its_line(simulator: Simulator) -> None:
     assert message["content"] == "".join(words.text(3, 9))
     assert answer["choices"][0]["finish_reason"] == "stop"
     line = await simulator.line()
+    assert abs(line.pop("at_ms") - time.time() * 1000) < 60_000
     usage = answer["usage"]
     assert line == {
         "request_id": "r.1",
