@@ -58,7 +58,7 @@ async def test_a_paused_redis_is_refused_in_time_then_at_once_then_back(own_valk
     assert took < 0.010
     assert await state.ping() is False
     await until_available(state, within=4.0)
-    # the reserves ran late and wrote nothing; the settle, which has no not-after, did its work, unless the connection was
+    # the reserves ran late and wrote nothing; the settle, which has none, did its work unless the connection was
     # given up before (1.5 s of silence): either way it may be sent again
     assert await money.settle(rid) in {"settled", "duplicate"}
     assert await money.held() == (60, 0, 0)
