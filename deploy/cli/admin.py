@@ -164,6 +164,37 @@ def show_ledger(where: Where, tenant: str, rid: str) -> dict[str, Any]:
     return _with_state(where, work)
 
 
+def list_circuits(where: Where) -> dict[str, Any]:
+    """{"circuits": [{"endpoint", "state", "failures" (in a row), "open_ms" (since it opened), "wait_ms" (until a call
+    may pass), "probe_ms" (age of the newest probe without a verdict), "calls", "failed" (in the last minute)}]}; times
+    are null where there are none."""
+    from shared.core import circuit  # noqa: PLC0415 - only here
+    from shared.state.circuits import policy  # noqa: PLC0415 - only here
+
+    rule = policy(where.settings())
+
+    async def work(state: State) -> dict[str, Any]:
+        now, rows = state.clock.now(), []
+        for endpoint, found in sorted((await state.circuits.all()).items()):
+            closed = found.open_until == 0
+            opened = found.open_until - circuit.cooldown_ms(rule, found.openings)
+            rows.append(
+                {
+                    "endpoint": endpoint,
+                    "state": circuit.state(found, now),
+                    "failures": found.failures,
+                    "open_ms": None if closed else now - opened,
+                    "wait_ms": None if closed else circuit.wait_ms(found, now),
+                    "probe_ms": now - found.probe_until + rule.probe_ms if found.probes and found.probe_until else None,
+                    "calls": sum(slot.calls for slot in found.window),
+                    "failed": sum(slot.failures for slot in found.window),
+                }
+            )
+        return {"circuits": rows}
+
+    return _with_state(where, work)
+
+
 def trace(where: Where, rid: str) -> dict[str, Any]:
     """{"rid", "hops": [{"role", "instance", "pid", "at" (ms), "took_us"}], ...} from whichever ingress had it."""
     if not _LABEL.match(rid):

@@ -103,6 +103,12 @@ def ledger_show(
 
 
 @main.command()
+def circuits(json_out: Json = False, data: Data = "") -> None:
+    """Endpoints called within the last day: whether their circuit is open, since when and for how long."""
+    _act(data, json_out, admin.list_circuits, show.circuit_table)
+
+
+@main.command()
 def trace(
     rid: Annotated[str, typer.Argument(help="The answer's X-BR-Request-Id.")], json_out: Json = False, data: Data = ""
 ) -> None:

@@ -68,6 +68,18 @@ def ledger_table(found: dict[str, Any]) -> "Table":
     return table
 
 
+def circuit_table(found: dict[str, Any]) -> "Table":
+    """One row per endpoint."""
+    table = _table("endpoint", "state", "failures in a row", "open for", "may be called in", "probe", "last minute")
+    for row in found["circuits"]:
+        times = (
+            "" if row[name] is None else f"{row[name] / 1000:.1f} s" for name in ("open_ms", "wait_ms", "probe_ms")
+        )
+        minute = f"{row['failed']} of {row['calls']} failed"
+        table.add_row(row["endpoint"], row["state"], str(row["failures"]), *times, minute)
+    return table
+
+
 def trace_table(found: dict[str, Any]) -> "Table":
     """One row per process."""
     table = _table("role", "instance", "pid", "at (UTC)", "own work")

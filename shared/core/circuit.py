@@ -101,6 +101,11 @@ def wait_ms(circuit: Circuit, now: int) -> int:
     return max(0, circuit.open_until - now, circuit.probe_until - now)
 
 
+def cooldown_ms(policy: Policy, openings: int) -> int:
+    """How long it stays open after so many openings in a row."""
+    return policy.cooldown_ms << min(max(0, openings - 1), MAX_DOUBLINGS)
+
+
 Step = Callable[[Circuit, str, int, Policy], Circuit]  # (circuit, probe id or "", now, policy)
 
 
@@ -126,7 +131,7 @@ def _trip(circuit: Circuit, now: int, policy: Policy) -> Circuit:
     calls = sum(slot.calls for slot in circuit.window)
     failures = sum(slot.failures for slot in circuit.window)
     if circuit.failures >= policy.threshold or (calls >= policy.least and failures * 100 >= policy.rate * calls):
-        return Circuit(circuit.failures, 1, now + policy.cooldown_ms)
+        return Circuit(circuit.failures, 1, now + cooldown_ms(policy, 1))
     return circuit
 
 
@@ -142,8 +147,8 @@ def _close(circuit: Circuit, probe: str, _now: int, _policy: Policy) -> Circuit:
 def _reopen(circuit: Circuit, probe: str, now: int, policy: Policy) -> Circuit:
     if probe not in circuit.probes:
         return circuit
-    cooldown = policy.cooldown_ms * 2 ** min(circuit.openings, MAX_DOUBLINGS)
-    return Circuit(circuit.failures + 1, circuit.openings + 1, now + cooldown)
+    openings = circuit.openings + 1
+    return Circuit(circuit.failures + 1, openings, now + cooldown_ms(policy, openings))
 
 
 def _void(circuit: Circuit, probe: str, _now: int, _policy: Policy) -> Circuit:
