@@ -9,7 +9,6 @@ leaves it waiting).
 
 import asyncio
 import logging
-import select
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, Protocol, cast
 
@@ -19,6 +18,7 @@ from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import RequestHandler, RequestPayloadError, _ErrInfo
 from msgspec import Struct
 
+from ingress import kernel
 from ingress.framing import BadFraming, Framing
 from shared.wire import errors
 
@@ -29,9 +29,12 @@ LINGER_S: Final = 1.0
 LINGER_BYTES: Final = 4 * 1024 * 1024
 #: Connections above the bound that are told so and lingered on; the others of a flood are closed at once.
 MAX_TURNED_AWAY: Final = 128
-#: Half a stream's window: below it the transport always has room for what credit allows (see sinks.Live).
-HIGH_WATER: Final = 32 * 1024
-LOW_WATER: Final = 16 * 1024
+#: What the transport may hold that the kernel does not take. Beyond it the bytes wait here: a chunk of 300 bytes that
+#: waits in uvloop's transport costs 300 more, here 8. The kernel still has SEND_BUFFER (app.py) to send meanwhile.
+HIGH_WATER: Final = 4096
+LOW_WATER: Final = 1024
+#: Pieces that wait are joined when there are so many.
+MAX_PIECES: Final = 64
 
 #: How HTTP/2 begins, on a port that does not speak it; the parser refuses every other use of the method, too.
 _H2_PREFACE: Final = b"PRI * HTTP/2.0\r\n"
@@ -99,11 +102,13 @@ class Connection(RequestHandler):
         "_discarded",
         "_framing",
         "_head_timer",
+        "_pieces",
         "_progress",
         "_progress_at",
         "_server",
         "listener",
         "since",
+        "waiting",
         "written",
     )
 
@@ -116,18 +121,31 @@ class Connection(RequestHandler):
         self._framing = Framing()
         self._head_timer: asyncio.TimerHandle | None = None
         self.listener: Drained | None = None
-        self.written = 0  # bytes given to the transport
+        self.written = 0  # bytes given to us
+        self.waiting = 0  # of those, not yet given to the transport, which is full
+        self._pieces: list[bytes] = []
         self.since = 0.0  # the earliest moment the next request can have come; 0: it waited behind another of its own
         self._progress = 0
         self._progress_at = 0.0
 
     def write(self, data: bytes) -> None:
-        """Give bytes to the transport. Raises ConnectionResetError when it is gone."""
+        """Give bytes to the transport, or keep them until it has room. Raises ConnectionResetError when it is gone."""
         transport = self.transport
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the client is gone")
         self.written += len(data)
-        transport.write(data)
+        if not self.writing_paused:
+            transport.write(data)
+            return
+        self.waiting += len(data)
+        self._pieces.append(data)
+        if len(self._pieces) >= MAX_PIECES:
+            self._pieces = [b"".join(self._pieces)]
+
+    def untaken(self) -> int:
+        """Bytes the kernel has not taken for the client."""
+        transport = self.transport
+        return self.waiting + (transport.get_write_buffer_size() if transport is not None else 0)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Start the header timer; refuse at once above the bound."""
@@ -205,26 +223,39 @@ class Connection(RequestHandler):
         await asyncio.sleep(LINGER_S)  # ends sooner when the client closes: aiohttp cancels the handler
         self.force_close()
 
+    def eof_received(self) -> None:
+        """The client sends no more. To a stream that can no longer be written to its end (the transport closes now)
+        nothing is owed: waiting for a client that may never read would keep its upstream open."""
+        if self.listener is not None and self.transport is not None:
+            self.transport.abort()
+
     def resume_writing(self) -> None:
         """The client took bytes."""
         super().resume_writing()
+        if self._pieces and self.transport is not None:
+            data = b"".join(self._pieces)
+            self._pieces.clear()
+            self.waiting = 0
+            self.transport.write(data)
         if self.listener is not None:
             self.listener.drained()
 
     def stalled(self, now: float) -> bool:
-        """Whether the client took nothing for so long that it is cut, while bytes were waiting for it."""
-        transport = self.transport
-        waiting = transport.get_write_buffer_size() if transport is not None else 0
-        progress = self.written - waiting
-        if waiting == 0 or progress != self._progress:
+        """Whether the client took nothing for so long that it is cut, while bytes were waiting for it.
+
+        What the kernel has sent and the other side has confirmed counts too: the kernel asks us for more only when a
+        third of its buffer is free, which a slow reader of 1 KiB/s takes a minute for.
+        """
+        untaken = self.untaken()
+        progress = self.written - untaken - (kernel.unconfirmed(self.transport) if untaken else 0)
+        if untaken == 0 or progress != self._progress:
             self._progress, self._progress_at = progress, now
             return False
         return now - self._progress_at >= self._server.timers.stalled
 
     def busy(self) -> bool:
         """Whether a request is being answered, or bytes of an answer wait for the client."""
-        transport = self.transport
-        return self._request_in_progress or (transport is not None and transport.get_write_buffer_size() > 0)
+        return self._request_in_progress or self.untaken() > 0
 
     def idle_for(self) -> float:
         """Seconds since its last answer; 0.0 while there is anything to do."""
@@ -235,13 +266,7 @@ class Connection(RequestHandler):
 
     def has_unread(self) -> bool:
         """Whether bytes have come that the loop has not read yet."""
-        transport = self.transport
-        sock = None if transport is None else transport.get_extra_info("socket")
-        if sock is None:
-            return False
-        poll = select.poll()
-        poll.register(sock.fileno(), select.POLLIN)
-        return bool(poll.poll(0))
+        return kernel.has_unread(self.transport)
 
     def handle_error(
         self,

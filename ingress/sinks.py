@@ -1,8 +1,8 @@
 """Where an answer goes: collected whole, or written to the client as it comes.
 
 `Live` writes straight to the transport from the bus callback: aiohttp's `StreamResponse.write` costs a coroutine and a
-wake-up of the handler per chunk (deploy/decisions has the figures). What the transport has not yet taken below its
-high-water mark does not count as taken by the client, so a slow reader stops its own upstream (DESIGN 3).
+wake-up of the handler per chunk (deploy/decisions has the figures). What the kernel has not taken does not count as
+taken by the client, so a slow reader stops its own upstream (DESIGN 3).
 """
 
 from collections.abc import Callable
@@ -126,9 +126,8 @@ class Live:
         self._send(data)
 
     def taken(self, received: int) -> int:
-        """What the transport still holds, framing included, is not taken."""
-        transport = self._connection.transport
-        return received if transport is None else received - transport.get_write_buffer_size()
+        """What the kernel has not taken, framing included, is not taken."""
+        return received - self._connection.untaken()
 
     def drained(self) -> None:
         """The connection says that the client took bytes."""

@@ -96,6 +96,11 @@ def prompt_tokens(body: dict[str, Any]) -> int:
     return total
 
 
+def now_ms() -> int:
+    """The wall clock."""
+    return time.time_ns() // 1_000_000
+
+
 class Line(Struct):
     """One call: opened when a request was accepted, grown by every token written."""
 
@@ -108,7 +113,8 @@ class Line(Struct):
     output_tokens: int = 0
     complete: bool = False  # the whole answer was written, its finish_reason (or the whole body) included
     usage_sent: bool = False  # and so was a true `usage`: who read it knows this line exactly
-    at_ms: int = field(default_factory=lambda: time.time_ns() // 1_000_000)  # wall clock, when it was accepted
+    at_ms: int = field(default_factory=now_ms)  # wall clock, when it was accepted
+    ended_ms: int = 0  # the same clock, when it was over or its client was found gone; 0: it goes on
 
     def show(self) -> dict[str, Any]:
         """The line as /_sim/bill tells it."""
@@ -124,6 +130,7 @@ class Line(Struct):
             "complete": self.complete,
             "usage_sent": self.usage_sent,
             "stream": self.stream,
+            "ended_ms": self.ended_ms,
         }
 
 

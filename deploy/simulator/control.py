@@ -4,7 +4,8 @@
     POST /_sim/faults                     see faults.py; GET lists the rules and how often each struck; DELETE clears
     POST /_sim/hold {"max_ms": 60000}     every answer waits before its first byte, each at most so long
     POST /_sim/release                    they go on
-    GET  /_sim/stats                      {"in_flight", "peak", "held", "calls", "ended", "left", "refused", ...}
+    GET  /_sim/stats                      {"in_flight", "peak", "held", "calls", "ended", "left", "refused", ...,
+                                           "blocked": answers whose socket takes no more, "waiting_bytes" behind them}
     GET  /_sim/wait?held=137&ms=5000      answers when so many are held (also calls=, ended=, left=: at least;
                                           in_flight=: at most), 408 when the time is up: a test need not poll
     POST /_sim/reset                      forget bill, faults, counts; release
@@ -57,9 +58,12 @@ class Desk:
         self._released: asyncio.Event | None = None
         self._hold_s = 0.0
         self._waiters: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
+        self.writing: set[asyncio.Transport] = set()  # of the calls under way
 
-    def enter(self, *, stream: bool) -> None:
+    def enter(self, transport: asyncio.Transport | None, *, stream: bool) -> None:
         """A call has begun."""
+        if transport is not None:
+            self.writing.add(transport)
         counts = self.counts
         counts.calls += 1
         counts.streams += stream
@@ -67,8 +71,10 @@ class Desk:
         counts.peak = max(counts.peak, counts.in_flight)
         self._changed()
 
-    def leave(self, *, left: bool) -> None:
+    def leave(self, transport: asyncio.Transport | None, *, left: bool) -> None:
         """A call is over."""
+        if transport is not None:
+            self.writing.discard(transport)
         self.counts.in_flight -= 1
         self.counts.ended += 1
         self.counts.left += left
@@ -138,7 +144,14 @@ def _json(value: Any, status: int = 200) -> web.Response:
 
 
 def _stats(desk: Desk) -> dict[str, Any]:
-    return {**msgspec.to_builtins(desk.counts), "lines": len(desk.bill), "lines_dropped": desk.bill.dropped}
+    waiting = [size for transport in desk.writing if (size := transport.get_write_buffer_size())]
+    return {
+        **msgspec.to_builtins(desk.counts),
+        "blocked": len(waiting),
+        "waiting_bytes": sum(waiting),
+        "lines": len(desk.bill),
+        "lines_dropped": desk.bill.dropped,
+    }
 
 
 async def _bill(request: web.Request) -> web.Response:

@@ -15,7 +15,7 @@ from aiohttp.typedefs import Handler
 
 from deploy.simulator import wanted
 from deploy.simulator.answer import CREATED, Answer
-from deploy.simulator.bill import MAX_LINES, PRICES, Line
+from deploy.simulator.bill import MAX_LINES, PRICES, Line, now_ms
 from deploy.simulator.control import DESK, Desk, routes
 from deploy.simulator.faults import Fault
 from deploy.simulator.player import ClientLeft, Player, error_response, replacement
@@ -62,22 +62,22 @@ async def _chat(request: web.Request) -> web.StreamResponse:
     endpoint = request.match_info.get("endpoint", "default")
     label = request.headers.get("X-Request-ID", "")[:MAX_LABEL]
     fault = _fault(desk, wish, endpoint, label)
-    left = False
-    desk.enter(stream=wish.stream)
+    left, transport = False, request.transport
+    line = Line(label, wish.model, endpoint, wish.stream, wish.prompt_tokens, wish.cached_tokens)
+    desk.enter(transport, stream=wish.stream)
     try:
-        return await _answer(request, desk, wish, fault, (endpoint, label))
+        return await _answer(request, desk, wish, fault, line)
     except (asyncio.CancelledError, ConnectionError):
         left = True
         raise
     finally:
-        desk.leave(left=left)
+        line.ended_ms = now_ms()
+        desk.leave(transport, left=left)
 
 
 async def _answer(
-    request: web.Request, desk: Desk, wish: Wanted, fault: Fault | None, names: tuple[str, str]
+    request: web.Request, desk: Desk, wish: Wanted, fault: Fault | None, line: Line
 ) -> web.StreamResponse:
-    endpoint, label = names
-    line = Line(label, wish.model, endpoint, wish.stream, wish.prompt_tokens, wish.cached_tokens)
     if fault is None or fault.bill or not fault.replaces:
         desk.bill.open(line)
     await desk.gate()
@@ -87,7 +87,7 @@ async def _answer(
         return replacement(request, fault)
     if fault is not None and fault.ignore_cap:
         wish.cap = None
-    return await Player(request, Answer(wish, label), line, fault).play()
+    return await Player(request, Answer(wish, line.request_id), line, fault).play()
 
 
 async def _models(request: web.Request) -> web.Response:

@@ -31,7 +31,7 @@ the holder's own `Accepted`, its frame 0, which may be the one that was lost.
 
 Timers, all in seconds of one monotonic clock: hand-off (until somebody owns it), first token and idle (streams only;
 the provider has the same two and knows more, so these are backstops and wait `BACKSTOP_S` longer), total. While the
-client has not taken a full window the owner must stay silent, so idle does not count then.
+client has not taken half a window the owner may have to stay silent, so idle does not count then.
 """
 
 from typing import Final
@@ -43,8 +43,9 @@ from shared.wire.messages import Accepted, Delta, End, ErrorBody, Failed, Frame,
 
 #: At most this many deliveries of one request, the first included (DESIGN 3, liveness).
 MAX_DELIVERIES: Final = 4
-#: Delta bytes a provider may send beyond what the client has taken (DESIGN 3, flow control).
-WINDOW: Final = 64 * 1024
+#: Delta bytes a provider sends beyond what the client has taken. DESIGN 3 allows 64 KiB; a client that stalls may cost
+#: 100 KiB in all, and 27 go into the objects of a stream.
+WINDOW: Final = 48 * 1024
 #: The provider's own first-token and idle timers speak first: they settle, and name the endpoint.
 BACKSTOP_S: Final = 1.0
 #: A stale sender is told once to stop, and again at most this often: its first cancel may be lost.
@@ -200,7 +201,7 @@ class Stream:
         """The client has taken this many bytes in all. Never more than `received`, never less than before."""
         offset = min(offset, self.received)
         if offset > self.taken:
-            if self.received - self.taken >= self._limits.window:
+            if self._behind():
                 self._idle_from = now  # the owner could not speak until now
                 self._schedule()
             self.taken = offset
@@ -387,8 +388,12 @@ class Stream:
         self.state = DONE
         self.due = _NEVER
 
+    def _behind(self) -> bool:
+        """Half a window, not a whole one: a provider of another version may have a smaller one."""
+        return self.received - self.taken >= self._limits.window // 2
+
     def _idle_due(self, now: float) -> float:
-        if self.received - self.taken >= self._limits.window:
+        if self._behind():
             return now + self._limits.idle  # paused for want of credit: look again later
         return self._idle_from + self._limits.idle + BACKSTOP_S
 

@@ -5,6 +5,11 @@
 
 NATS mode publishes as the user `loadgen`, for a synthetic tenant: `hotpath keys create --tenant load --synthetic
 --json` tells the two ids. Exit code 0 when every request ended well or left on purpose, else 1.
+
+    python -m tests.load slow-reader      one client of 1 KiB/s beside 200 streams
+    python -m tests.load stalled          2,000 clients that never read
+
+start a Hotpath of their own (flow.py); exit code 0 when the figures of the acceptance are met.
 """
 
 import argparse
@@ -22,7 +27,7 @@ import uvloop
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from tests.load import report
+from tests.load import flow, report
 from tests.load.callers import Caller, HttpCaller, NatsCaller
 from tests.load.nats_client import NatsClient
 from tests.load.work import Mix, jobs, parse_weights
@@ -146,8 +151,11 @@ async def run(chosen: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    chosen = arguments(argv)
+    words = sys.argv[1:] if argv is None else argv
     console = Console(stderr=True)
+    if words and words[0] in ("slow-reader", "stalled"):
+        return flow.main(words, console)
+    chosen = arguments(words)
     shown = uvloop.run(run(chosen, console))
     if chosen.json and str(chosen.json) == "-":
         print(json.dumps(shown, indent=2))

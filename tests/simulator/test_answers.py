@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import AsyncIterator
+from time import monotonic
 from typing import Any
 
 import aiohttp
@@ -71,6 +72,7 @@ async def test_a_whole_answer_and_its_line(simulator: Simulator) -> None:
     line = await simulator.line()
     assert abs(line.pop("at_ms") - time.time() * 1000) < 60_000
     usage = answer["usage"]
+    assert 0 < line.pop("began") <= line.pop("ended") <= monotonic()
     assert line == {
         "request_id": "r.1",
         "model": "sim-fast",

@@ -20,6 +20,7 @@ from msgspec import Struct
 
 from shared.bus.base import Bus, BusUnavailable, PayloadTooLarge
 from shared.bus.replies import address
+from shared.core.stream import WINDOW
 from shared.wire.messages import (
     VERSION,
     Accepted,
@@ -36,7 +37,6 @@ from shared.wire.messages import (
 )
 
 TICK_S: Final = 0.002
-WINDOW: Final = 64 * 1024
 PAIR_WINDOW: Final = 16 * 1024 * 1024
 MAX_BATCH: Final = 256 * 1024
 MAX_DELTA: Final = 32 * 1024

@@ -9,32 +9,60 @@ import msgspec
 MAX_TEXT: Final = 1_048_576
 #: Pieces of one call: its choices, their tool calls.
 MAX_PIECES: Final = 1024
+#: A delta of a few characters costs 64 bytes as a string of its own: so many are joined at a time.
+FOLD: Final = 128
 
 _json: Final = msgspec.json.Encoder().encode
 
 
+class Piece:
+    """One text as its deltas came."""
+
+    __slots__ = ("_folded", "_recent")
+
+    def __init__(self) -> None:
+        self._folded: list[str] = []  # of FOLD deltas each
+        self._recent: list[str] = []
+
+    def append(self, delta: str) -> None:
+        """One more."""
+        recent = self._recent
+        recent.append(delta)
+        if len(recent) == FOLD:
+            self._folded.append("".join(recent))
+            recent.clear()
+
+    def text(self) -> str:
+        """All of it."""
+        return "".join((*self._folded, *self._recent))
+
+    def deltas(self) -> int:
+        """How many it came in."""
+        return len(self._folded) * FOLD + len(self._recent)
+
+
 class Texts:
-    """`main`: the content of choice 0, the common case, appended to directly (with `kept`) by who is in a hurry."""
+    """`main`: the content of choice 0, the common case."""
 
     __slots__ = ("_pieces", "kept", "main", "uncounted")
 
     def __init__(self) -> None:
-        self.main: list[str] = []
+        self.main = Piece()
         self.kept = 0  # characters, those beyond MAX_TEXT included
         self.uncounted = 0  # bytes beyond it
-        self._pieces: dict[tuple[int, str, int], list[str]] = {}
+        self._pieces: dict[tuple[int, str, int], Piece] = {}
 
     def all(self) -> list[tuple[str, int]]:
         """(text, deltas it came in) of each piece."""
-        return [("".join(piece), len(piece)) for piece in (self.main, *self._pieces.values()) if piece]
+        return [(piece.text(), piece.deltas()) for piece in (self.main, *self._pieces.values()) if piece.deltas()]
 
     def keep(self, index: int, kind: str, number: int, text: str) -> None:
         """One delta of a choice: its `kind` of text; `number` is that of the tool call."""
         self.kept += len(text)
         if index == 0 and kind == "content":
-            piece: list[str] | None = self.main
+            piece: Piece | None = self.main
         elif len(self._pieces) < MAX_PIECES:
-            piece = self._pieces.setdefault((index, kind, number), [])
+            piece = self._pieces.setdefault((index, kind, number), Piece())
         else:
             piece = self._pieces.get((index, kind, number))
         if piece is None or self.kept > MAX_TEXT:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from shared.bus.base import BadSubject, BusUnavailable
+from shared.core.stream import WINDOW
 from shared.wire.messages import (
     Accepted,
     Credit,
@@ -114,15 +115,15 @@ async def test_batches_and_deltas_are_cut() -> None:
     desk = Desk()
     channels = [desk.open(stream) for stream in range(1, 12)]
     for channel in channels:
-        channel.write(bytes(60_000))
+        channel.write(bytes(40_000))
     await asyncio.sleep(0.05)
     assert all(len(frame.data) <= 32 * 1024 for frame in desk.wire.frames())
     assert all(sum(len(raw) for raw in batch.frames) <= 256 * 1024 for _, _, batch in desk.wire.sent)
-    assert len(desk.wire.data()) == 660_000
+    assert len(desk.wire.data()) == 440_000
 
 
 async def test_a_stream_stops_at_its_window_and_goes_on_by_credit() -> None:
-    """64 KiB beyond what was taken; the upstream is paused once and resumed once; the terminal waits for its turn."""
+    """A window beyond what was taken; the upstream is paused once and resumed once; the terminal waits for its turn."""
     desk = Desk()
     channel, other = desk.open(1), desk.open(2)
     data = bytes(range(256)) * 600  # 153,600
@@ -132,17 +133,19 @@ async def test_a_stream_stops_at_its_window_and_goes_on_by_credit() -> None:
     channel.end(SUMMARY, ())
     other.write(b"mine")
     await asyncio.sleep(0.05)
-    assert len(desk.wire.data()) == 65_536 + 4
+    assert len(desk.wire.data()) == WINDOW + 4
     desk.credit(0, (1, 1, 1000))
     await asyncio.sleep(0.05)
-    assert len(desk.wire.data()) == 65_536 + 4 + 1000
-    for nonsense in ((1, 1, 10**9), (1, 1, -5), (1, 9, 66_000), (7, 1, 66_000)):
+    assert len(desk.wire.data()) == WINDOW + 4 + 1000
+    for nonsense in ((1, 1, 10**9), (1, 1, -5), (1, 9, 49_000), (7, 1, 49_000)):
         desk.credit(-1, nonsense)
     await asyncio.sleep(0.03)
-    assert len(desk.wire.data()) == 65_536 + 4 + 1000
-    desk.credit(10**9, (1, 1, 66_000))
+    assert len(desk.wire.data()) == WINDOW + 4 + 1000
+    desk.credit(10**9, (1, 1, 49_000))
     await asyncio.sleep(0.03)
-    desk.credit(0, (1, 1, 131_000))
+    desk.credit(0, (1, 1, 98_000))
+    await asyncio.sleep(0.03)
+    desk.credit(0, (1, 1, 147_000))
     await asyncio.sleep(0.03)
     frames = [frame for frame in desk.wire.frames() if frame.stream == 1]
     assert b"".join(frame.data for frame in frames[:-1]) == data
@@ -158,24 +161,24 @@ async def test_small_pieces_stop_at_the_window_too() -> None:
     for _ in range(100):
         channel.write(bytes(1000))
     await asyncio.sleep(0.05)
-    assert len(desk.wire.data()) == 65_536
+    assert len(desk.wire.data()) == WINDOW
     assert desk.told == [(1, True)]
 
 
 async def test_a_pair_stops_at_its_window(monkeypatch: pytest.MonkeyPatch) -> None:
     """Streams of one asker share what it has read; another asker is not held up."""
-    monkeypatch.setattr(mux_module, "PAIR_WINDOW", 100_000)
+    monkeypatch.setattr(mux_module, "PAIR_WINDOW", 60_000)
     desk = Desk()
     one, two, elsewhere = desk.open(1), desk.open(2), desk.open(1, instance="i2")
-    one.write(bytes(60_000))
-    two.write(bytes(60_000))
-    elsewhere.write(bytes(60_000))
+    one.write(bytes(40_000))
+    two.write(bytes(40_000))
+    elsewhere.write(bytes(40_000))
     await asyncio.sleep(0.05)
-    assert sum(len(f.data) for f in desk.wire.frames()) == 160_000
+    assert sum(len(f.data) for f in desk.wire.frames()) == 100_000
     assert desk.told == [(2, True)]
-    desk.credit(100_000)
+    desk.credit(60_000)
     await asyncio.sleep(0.05)
-    assert sum(len(f.data) for f in desk.wire.frames()) == 180_000
+    assert sum(len(f.data) for f in desk.wire.frames()) == 120_000
     assert desk.told == [(2, True), (2, False)]
 
 
