@@ -11,6 +11,7 @@ import uvloop
 from tests.ingress import test_answers as answers
 from tests.ingress import test_overload as overload
 from tests.ingress import test_refusals as refusals
+from tests.ingress import test_slow_clients as slow
 from tests.ingress import test_streams as streams
 from tests.ingress.world import KEY, World
 
@@ -28,6 +29,9 @@ AGAIN: list[Callable[..., Awaitable[None]]] = [
     streams.test_24_the_bus_goes,
     streams.test_a_client_that_left_before_anybody_accepted,
     streams.test_a_reader_gets_credit_and_a_slow_one_does_not,
+    slow.test_what_waits_is_kept_small_and_read_late_is_whole,
+    slow.test_http_1_0_read_late_is_whole_too,
+    slow.test_a_stalled_client_that_says_it_is_done_is_gone,
 ]
 
 

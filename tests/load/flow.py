@@ -6,6 +6,7 @@ ingress, provider and NATS. Kernel socket buffers are not in it; they are bounde
 
 import argparse
 import asyncio
+import socket
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -29,6 +30,7 @@ ROLES: Final = ("ingress", "provider", "nats")
 SLOW_KIB: Final = 2048
 STALLED_KIB: Final = 100
 OTHERS_MS: Final = 10.0
+BATCH: Final = 25  # streams begun at a time: each is written at full speed until it stalls
 
 Say = Callable[[str], None]
 
@@ -73,7 +75,7 @@ async def slow_round(up: Up, sim: Sim, crowd: streams.Crowd, span: float) -> Rou
     await loop.sock_sendall(sock, streams.request(up.run["api_key"], HUGE, n=HUGE_CHOICES))
     reading = asyncio.create_task(streams.trickle(sock, 1024, got))
     try:
-        await asyncio.sleep(2.0)  # the simulator makes 256,000 chunks first, and stands still for it
+        await _blocked(sim)  # the simulator makes 256,000 chunks first, and stands still for it
         slow = await crowd.watch(span)
         after = resident(up)
         stats = await asyncio.to_thread(sim.stats)
@@ -113,6 +115,13 @@ async def slow_reader(
         crowd.close()
 
 
+async def _blocked(sim: Sim, within: float = 10.0) -> None:
+    """Until the simulator has an answer that its socket does not take, or the time is over."""
+    end = asyncio.get_running_loop().time() + within
+    while not (await asyncio.to_thread(sim.stats))["blocked"] and asyncio.get_running_loop().time() < end:
+        await asyncio.sleep(0.1)
+
+
 class Stalled(Struct):
     """What many clients that never read cost."""
 
@@ -126,20 +135,13 @@ class Stalled(Struct):
 async def stalled(up: Up, *, count: int, prompt: str, settle: float, say: Say) -> Stalled:
     """Open `count` streams and read nothing."""
     sim = Sim(up.run["simulator_url"])
-    loop = asyncio.get_running_loop()
     ask = streams.request(up.run["api_key"], prompt)
     before = resident(up)
-    socks = []
+    socks: list[socket.socket] = []
     try:
-        for number in range(count):
-            sock = await streams.connect(up.url, SMALL_BUFFER)
-            socks.append(sock)
-            await loop.sock_sendall(sock, ask)
-            if number % 50 == 49:
-                await asyncio.sleep(0.05)
-                say(f"{number + 1} open")
-        calls = await asyncio.to_thread(sim.wait, 60_000, calls=count)
-        assert calls, "not all were begun"
+        while len(socks) < count:
+            socks += await _begun(up, ask, min(BATCH, count - len(socks)))
+            say(f"{len(socks)} open")
         after = await _settled(up, settle, say)
         stats = await asyncio.to_thread(sim.stats)
     finally:
@@ -151,6 +153,38 @@ async def stalled(up: Up, *, count: int, prompt: str, settle: float, say: Say) -
     by_role = {role: round(kib / count, 1) for role, kib in grown(before, after).items()}
     left = sum(grown(before, resident(up)).values())
     return Stalled(count, stats["blocked"], round(sum(by_role.values()), 1), by_role, left)
+
+
+async def _begun(up: Up, ask: bytes, count: int) -> list[socket.socket]:
+    """So many more streams that have a 200. An answer of 503 (all of this runs at full speed) is asked for again."""
+    loop, begun = asyncio.get_running_loop(), list[socket.socket]()
+    socks = [await streams.connect(up.url, SMALL_BUFFER) for _ in range(count)]
+    for sock in socks:
+        await loop.sock_sendall(sock, ask)
+    end = loop.time() + 30
+    while socks:
+        assert loop.time() < end, f"{len(socks)} of {count} streams have not begun"
+        await asyncio.sleep(0.02)
+        for sock in list(socks):
+            status = _status(sock)
+            if status == b"200":
+                begun.append(sock)
+            elif status:
+                assert status == b"503", status
+                sock.close()
+                socks.append(await streams.connect(up.url, SMALL_BUFFER))
+                await loop.sock_sendall(socks[-1], ask)
+            if status:
+                socks.remove(sock)
+    return begun
+
+
+def _status(sock: socket.socket) -> bytes:
+    """Of the answer's head, which stays unread; b"" before it comes."""
+    try:
+        return sock.recv(12, socket.MSG_PEEK)[9:12]
+    except BlockingIOError:
+        return b""
 
 
 async def _settled(up: Up, settle: float, say: Say) -> dict[str, int]:
@@ -180,7 +214,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     slow.add_argument("--rounds", type=int, default=5)
     still = kinds.add_parser("stalled")
     still.add_argument("--streams", type=int, default=2000)
-    still.add_argument("--prompt", default="[[sim chunks=3000]]")
+    still.add_argument("--prompt", default="[[sim chunks=1600]]")
     still.add_argument("--settle", type=float, default=3.0)
     still.add_argument("--warm", type=int, default=100, help="streams stalled and left before the measurement")
     return parser.parse_args(argv)

@@ -50,6 +50,20 @@ def reset(sock: socket.socket) -> None:
     sock.close()
 
 
+def plain(raw: bytes) -> bytes:
+    """The body of an answer in chunked coding, without head and chunk sizes."""
+    _, _, rest = raw.partition(b"\r\n\r\n")
+    parts = []
+    while rest:
+        size, _, rest = rest.partition(b"\r\n")
+        length = int(size, 16)
+        parts.append(rest[:length])
+        rest = rest[length + 2 :]
+        if length == 0:
+            break
+    return b"".join(parts)
+
+
 class Timed(asyncio.Protocol):
     """Asks one stream after another on one connection, and notes the milliseconds between its arrivals."""
 

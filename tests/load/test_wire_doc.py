@@ -129,5 +129,5 @@ def test_the_numbers_are_the_clients() -> None:
     assert "for 1.5 s" in DOC
     assert nats_client.SILENT_S == 1.5
     assert nats_client.PAIR_WINDOW == 16 << 20
-    assert "at most 48 KiB" in DOC
-    assert WINDOW == 48 << 10
+    assert "at most 32 KiB" in DOC
+    assert WINDOW == 32 << 10

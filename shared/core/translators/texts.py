@@ -10,7 +10,7 @@ MAX_TEXT: Final = 1_048_576
 #: Pieces of one call: its choices, their tool calls.
 MAX_PIECES: Final = 1024
 #: A delta of a few characters costs 64 bytes as a string of its own: so many are joined at a time.
-FOLD: Final = 128
+FOLD: Final = 32
 
 _json: Final = msgspec.json.Encoder().encode
 

@@ -20,7 +20,7 @@ from shared.wire.messages import (
     decode_frame,
 )
 from workers.provider import mux as mux_module
-from workers.provider.mux import Channel, Mux
+from workers.provider.mux import MAX_DELTA, Channel, Mux
 
 SUMMARY = Summary(call=1, endpoint="e", model="m", cost=1, input_tokens=1, output_tokens=1)
 ERROR = ErrorBody(status=502, code="c", type="t", message="m")
@@ -115,11 +115,11 @@ async def test_batches_and_deltas_are_cut() -> None:
     desk = Desk()
     channels = [desk.open(stream) for stream in range(1, 12)]
     for channel in channels:
-        channel.write(bytes(40_000))
+        channel.write(bytes(WINDOW))
     await asyncio.sleep(0.05)
-    assert all(len(frame.data) <= 32 * 1024 for frame in desk.wire.frames())
+    assert all(len(frame.data) <= MAX_DELTA for frame in desk.wire.frames())
     assert all(sum(len(raw) for raw in batch.frames) <= 256 * 1024 for _, _, batch in desk.wire.sent)
-    assert len(desk.wire.data()) == 440_000
+    assert len(desk.wire.data()) == 11 * WINDOW
 
 
 async def test_a_stream_stops_at_its_window_and_goes_on_by_credit() -> None:
@@ -137,16 +137,15 @@ async def test_a_stream_stops_at_its_window_and_goes_on_by_credit() -> None:
     desk.credit(0, (1, 1, 1000))
     await asyncio.sleep(0.05)
     assert len(desk.wire.data()) == WINDOW + 4 + 1000
-    for nonsense in ((1, 1, 10**9), (1, 1, -5), (1, 9, 49_000), (7, 1, 49_000)):
+    for nonsense in ((1, 1, 10**9), (1, 1, -5), (1, 9, 33_000), (7, 1, 33_000)):
         desk.credit(-1, nonsense)
     await asyncio.sleep(0.03)
     assert len(desk.wire.data()) == WINDOW + 4 + 1000
-    desk.credit(10**9, (1, 1, 49_000))
+    desk.credit(10**9, (1, 1, 33_000))
     await asyncio.sleep(0.03)
-    desk.credit(0, (1, 1, 98_000))
-    await asyncio.sleep(0.03)
-    desk.credit(0, (1, 1, 147_000))
-    await asyncio.sleep(0.03)
+    for taken in (65_000, 97_000, 129_000):
+        desk.credit(0, (1, 1, taken))
+        await asyncio.sleep(0.03)
     frames = [frame for frame in desk.wire.frames() if frame.stream == 1]
     assert b"".join(frame.data for frame in frames[:-1]) == data
     assert [frame.seq for frame in frames] == list(range(len(frames)))
@@ -167,18 +166,18 @@ async def test_small_pieces_stop_at_the_window_too() -> None:
 
 async def test_a_pair_stops_at_its_window(monkeypatch: pytest.MonkeyPatch) -> None:
     """Streams of one asker share what it has read; another asker is not held up."""
-    monkeypatch.setattr(mux_module, "PAIR_WINDOW", 60_000)
+    monkeypatch.setattr(mux_module, "PAIR_WINDOW", 50_000)
     desk = Desk()
     one, two, elsewhere = desk.open(1), desk.open(2), desk.open(1, instance="i2")
-    one.write(bytes(40_000))
-    two.write(bytes(40_000))
-    elsewhere.write(bytes(40_000))
+    one.write(bytes(30_000))
+    two.write(bytes(30_000))
+    elsewhere.write(bytes(30_000))
     await asyncio.sleep(0.05)
-    assert sum(len(f.data) for f in desk.wire.frames()) == 100_000
+    assert sum(len(f.data) for f in desk.wire.frames()) == 80_000
     assert desk.told == [(2, True)]
-    desk.credit(60_000)
+    desk.credit(50_000)
     await asyncio.sleep(0.05)
-    assert sum(len(f.data) for f in desk.wire.frames()) == 120_000
+    assert sum(len(f.data) for f in desk.wire.frames()) == 90_000
     assert desk.told == [(2, True), (2, False)]
 
 
