@@ -6,8 +6,6 @@ Deltas come here without regard to the window, so that much waits: about 300 KB 
 import asyncio
 import socket
 
-import pytest
-
 from ingress.protocol import HIGH_WATER, MAX_PIECES, Connection
 from shared.wire.messages import Ask
 from tests.ingress.conftest import MakeWorld
@@ -94,12 +92,10 @@ async def test_http_1_0_read_late_is_whole_too(world: World) -> None:
     sock.close()
 
 
-async def test_slow_is_not_stalled(make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_slow_is_not_stalled(make_world: MakeWorld) -> None:
     """faults 58: who takes 20 KB/s is no client that takes nothing, though the kernel asks us for more only when a
     third of its buffer is free, which takes 3 s here (at 1 KiB/s a minute)."""
-    monkeypatch.setattr("ingress.protocol.SWEEP_S", 0.05)
-    monkeypatch.setattr("ingress.protocol.STALLED_S", 1.5)
-    world = await make_world()
+    world = await make_world(CLIENT_STALLED_MS="1500")
     sock, ask = await client(world)
     await say(world, ask, PIECES)
     loop = asyncio.get_running_loop()

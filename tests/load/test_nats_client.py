@@ -189,11 +189,11 @@ async def test_credit_follows_what_the_caller_takes(client: NatsClient, fleet: F
         first = asyncio.ensure_future(anext(events))
         ask = await within(2, fleet.asked)
         stream = ask.reply.stream
-        fleet.send(ask, fleet.accepts(ask), Delta(stream, 1, 1, b"a" * 30_000), Delta(stream, 1, 2, b"b" * 30_000))
+        fleet.send(ask, fleet.accepts(ask), Delta(stream, 1, 1, b"a" * 15_000), Delta(stream, 1, 2, b"b" * 15_000))
         await first
         await anext(events)
         credit = await within(0.3, fleet.control)
-        assert credit == Credit(role="loadgen", instance=client.instance, read=60_000, streams=((stream, 1, 60_000),))
+        assert credit == Credit(role="loadgen", instance=client.instance, read=30_000, streams=((stream, 1, 30_000),))
         assert await within(1.2, fleet.control) == credit
 
 

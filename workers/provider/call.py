@@ -23,8 +23,9 @@ from workers.provider.control import Control
 from workers.provider.ended import Ended
 from workers.provider.gate import Gate
 from workers.provider.mux import Channel, Mux
+from workers.provider.origin import Origin
 from workers.provider.outcomes import OutcomeLog
-from workers.provider.upstream import Origin, Pool
+from workers.provider.upstream import Pool
 from workers.provider.walk import Walk
 
 if TYPE_CHECKING:

@@ -13,14 +13,13 @@ import socket
 import ssl
 from collections.abc import Mapping
 from typing import Any, Final, Protocol, cast
-from urllib.parse import urlsplit
 
 import httptools
 from msgspec import Struct
 
-from shared.core.translators.base import Headers
 from shared.wire.errors import Overloaded, UpstreamError, UpstreamTimeout
 from workers.provider.address import resolve
+from workers.provider.origin import Origin
 
 #: Head of an answer: lines and bytes. Node refuses heads over 16 KiB; OpenAI sends some 40 lines, 3 KiB (faults 75).
 MAX_HEADERS: Final = 128
@@ -41,38 +40,6 @@ READ_BYTES: Final = 16_384
 #: more; thousands of stalled answers of that size put the machine's TCP memory under pressure, which everybody feels.
 #: 128 KiB a round trip of 100 ms are 1.3 MB/s: 5,000 events a second.
 RECEIVE_BUFFER: Final = 131_072
-
-
-class Origin(Struct, frozen=True, kw_only=True):
-    """One endpoint as the client sees it. `head` is what every request to it begins with."""
-
-    host: str
-    port: int
-    tls: bool
-    allow_private: bool
-    base: str  # path of the base URL
-    head: bytes
-
-    @classmethod
-    def of(cls, base_url: str, headers: Headers, *, allow_private: bool) -> "Origin":
-        """The origin of a base URL that the catalogue has checked; `headers` go with every request."""
-        parts = urlsplit(base_url)
-        assert parts.hostname is not None
-        lines = [("Host", parts.netloc), *headers, ("Accept-Encoding", "identity"), ("User-Agent", "hotpath/1")]
-        return cls(
-            host=parts.hostname,
-            port=parts.port or (443 if parts.scheme == "https" else 80),
-            tls=parts.scheme == "https",
-            allow_private=allow_private,
-            base=parts.path.rstrip("/"),
-            head="".join(f"{name}: {value}\r\n" for name, value in lines).encode("latin-1"),
-        )
-
-    def request(self, path: str, headers: Headers, body: bytes) -> bytes:
-        """The bytes of a POST."""
-        own = "".join([f"{name}: {value}\r\n" for name, value in headers])
-        start = f"POST {self.base}{path} HTTP/1.1\r\n{own}Content-Length: {len(body)}\r\n"
-        return b"".join((start.encode("latin-1"), self.head, b"\r\n", body))
 
 
 class Lost(Struct, frozen=True):

@@ -17,7 +17,8 @@ from tests.core.translating import ask
 from workers.provider import address, upstream
 from workers.provider.ended import Ended, Limits
 from workers.provider.exchange import Exchange
-from workers.provider.upstream import Origin, Pool
+from workers.provider.origin import Origin
+from workers.provider.upstream import Pool
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter, int], Awaitable[None]]
 SSE_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
