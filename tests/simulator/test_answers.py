@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import AsyncIterator
-from time import monotonic
 from typing import Any
 
 import aiohttp
@@ -70,9 +69,8 @@ async def test_a_whole_answer_and_its_line(simulator: Simulator) -> None:
     assert message["content"] == "".join(words.text(3, 9))
     assert answer["choices"][0]["finish_reason"] == "stop"
     line = await simulator.line()
-    assert abs(line.pop("at_ms") - time.time() * 1000) < 60_000
+    assert time.time() * 1000 - 60_000 < line.pop("at_ms") <= line.pop("ended_ms") <= time.time() * 1000
     usage = answer["usage"]
-    assert 0 < line.pop("began") <= line.pop("ended") <= monotonic()
     assert line == {
         "request_id": "r.1",
         "model": "sim-fast",
