@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from deploy.cli import admin, doctor, show
+from deploy.cli import admin, control, doctor, show
 from deploy.cli.where import Where, find
 from shared.settings import SettingsError
 
@@ -34,7 +34,7 @@ def _act(data: str, json_out: bool, work: Callable[[Where], Any], text: Callable
     except SettingsError as exc:
         print(f"hotpath: {exc}\n(is `hotpath up` running? name its directory: --data DIR)", file=sys.stderr)
         raise typer.Exit(78) from exc
-    except (admin.Failed, ValueError, OSError) as exc:
+    except (admin.Failed, control.Refused, ValueError, OSError) as exc:
         print(f"hotpath: {exc}", file=sys.stderr)
         raise typer.Exit(1) from exc
     if json_out:
@@ -114,6 +114,24 @@ def trace(
 ) -> None:
     """The processes a request went through, with their times."""
     _act(data, json_out, lambda w: admin.trace(w, rid), show.trace_table)
+
+
+@main.command()
+def restart(
+    role: Annotated[str, typer.Argument(help="ingress, guardian, routing, provider, or all.")],
+    json_out: Json = False,
+    data: Data = "",
+) -> None:
+    """Replace a role's processes one at a time; no request is lost. New code and catalogue are taken up."""
+
+    def say(text: str) -> None:
+        if not json_out:
+            print(text, flush=True)
+
+    def work(where: Where) -> dict[str, Any]:
+        return {"restarted": control.restart(where.data, role, say)}
+
+    _act(data, json_out, work, lambda done: f"restarted: {', '.join(one['name'] for one in done['restarted'])}")
 
 
 @main.command("doctor")

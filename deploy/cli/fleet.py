@@ -234,5 +234,6 @@ def _add_roles(
                     order=ORDER.get(role, OTHER),
                     grace=settings.drain_s(streams=role in STREAMING) + SETTLE_S + MARGIN_S,
                     fds=(fd,) if listens else (),
+                    rolls=True,
                 )
             )

@@ -62,6 +62,7 @@ class Spec:
     fds: tuple[int, ...] = ()
     probe: Callable[[], Awaitable[None]] | None = None
     quiet: bool = False  # a server: its output goes to the file only
+    rolls: bool = False  # a second one may run beside it, so that `hotpath restart` can replace it
 
     @property
     def name(self) -> str:
@@ -86,7 +87,11 @@ class Slot:
     screen: Screen
     events: Events
     ready: asyncio.Event = field(default_factory=asyncio.Event)
+    died: asyncio.Event = field(default_factory=asyncio.Event)  # at least once
     refused: bool = False  # it exited with BAD_CONFIG before it was ever ready
+    killed: bool = False  # it did not end within its grace
+    pid: int = 0  # of its last life
+    metrics: str = ""  # the URL its last life has told
     process: asyncio.subprocess.Process | None = None
     task: "asyncio.Task[None] | None" = None  # ends only by `stop`, a refusal, or a fault (its log cannot be opened)
     _stopping: bool = False
@@ -103,6 +108,7 @@ class Slot:
             while not self._stopping:
                 started = time.monotonic()
                 code, tail = await self._run(log)
+                self.died.set()
                 if self._stopping:
                     return
                 if code == BAD_CONFIG and not self._ever_ready:
@@ -142,7 +148,7 @@ class Slot:
             os.close(ready_write)
             os.close(out_write)
         pid = process.pid
-        self.process = process
+        self.process, self.pid = process, pid
         self.events.started(self.spec, pid)
         show = None if self.spec.quiet else lambda line: self.screen.line(self.spec.name, line)
         out, output = await loop.connect_read_pipe(lambda: Output(log, show), os.fdopen(out_read, "rb", 0))
@@ -173,26 +179,38 @@ class Slot:
         if self.process is None or self.process.pid != pid:
             return
         self._ever_ready = True
+        metrics = found.get("metrics")
+        self.metrics = metrics if isinstance(metrics, str) else ""
         self.events.ready(self.spec, pid, found)
         self.ready.set()
 
     async def stop(self, hurry: asyncio.Event) -> None:
-        """SIGTERM, wait for the spec's grace (or until `hurry`), then SIGKILL to it and whatever it started."""
-        self._stopping = True
+        """SIGTERM, wait for the spec's grace (or until `hurry`), then SIGKILL to it and whatever it started.
+
+        Asked again it waits too and sends no second SIGTERM, which would end a drain.
+        """
+        told, self._stopping = self._stopping, True
         task, process = self.task, self.process
         if task is None:
             return
         if process is None:  # between two lives, or before the first
             task.cancel()
         else:
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGTERM)
-            hurried = asyncio.create_task(hurry.wait())
-            await asyncio.wait({task, hurried}, timeout=self.spec.grace, return_when=asyncio.FIRST_COMPLETED)
-            hurried.cancel()
+            if not told:
+                with contextlib.suppress(ProcessLookupError):
+                    process.send_signal(signal.SIGTERM)
+            await self._wait(task, hurry)
             if not task.done():
                 if not hurry.is_set():
+                    self.killed = True
                     self.screen.say(f"{self.spec.name} did not end within {self.spec.grace:g} s: killed")
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, signal.SIGKILL)
         await asyncio.wait({task})
+
+    async def _wait(self, task: "asyncio.Task[None]", hurry: asyncio.Event) -> None:
+        hurried = asyncio.create_task(hurry.wait())
+        try:
+            await asyncio.wait({task, hurried}, timeout=self.spec.grace, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            hurried.cancel()

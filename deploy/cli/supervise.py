@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -63,12 +64,13 @@ class Warden:
 class Supervisor:
     """The fleet. `start` the specs, `wait_ready`, sleep in `run`, and always `stop`."""
 
-    def __init__(self, run_file: RunFile, screen: Screen, lock: int) -> None:
+    def __init__(self, run_file: RunFile, screen: Screen, lock: int, listener: socket.socket | None = None) -> None:
         self.run_file = run_file
         self.screen = screen
         self.slots: list[Slot] = []
         self.hurry = asyncio.Event()  # a second signal: kill
         self.leaving = asyncio.Event()
+        self._listener = listener
         self._warden = Warden(lock)
         self._events = Events(started=self._started, ready=self._ready, ended=self._ended)
 
@@ -96,11 +98,21 @@ class Supervisor:
         else:
             self.leaving.set()
 
-    def start(self, spec: Spec) -> None:
+    def start(self, spec: Spec) -> Slot:
         """Start one more process; returns at once."""
         slot = Slot(spec, self.screen, self._events)
         self.slots.append(slot)
         slot.start()
+        return slot
+
+    async def drop(self, slot: Slot, *, at_once: bool = False) -> None:
+        """Stop one, `at_once` without a drain, and forget it. Cancelled, it is still stopped with the rest."""
+        hurry = self.hurry
+        if at_once:
+            hurry = asyncio.Event()
+            hurry.set()
+        await slot.stop(hurry)
+        self.slots.remove(slot)
 
     async def wait_ready(self, is_ready: Callable[[], Awaitable[bool]]) -> bool:
         """Until every process has said so and `is_ready` answers True; False when told to leave before.
@@ -154,6 +166,8 @@ class Supervisor:
         """Everything, in order; returns when nothing is left."""
         for order in sorted({slot.spec.order for slot in self.slots}):
             await asyncio.gather(*(slot.stop(self.hurry) for slot in self.slots if slot.spec.order == order))
+            if order == ORDER["ingress"] and self._listener is not None:
+                self._listener.close()  # nobody accepts any more: refused is better than left waiting
         self.run_file.close()
         self._warden.close()
 

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+import json
 import os
 import re
 import socket
@@ -11,8 +12,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import urlsplit
 
-from deploy.cli import banner, credentials, fleet, procfile, supervise
+from deploy.cli import banner, control, credentials, fleet, procfile, roll, supervise
 from deploy.cli.http import get
 from deploy.cli.logs import Screen
 from deploy.cli.runfile import RunFile
@@ -108,15 +110,56 @@ async def _ready(url: str) -> bool:
     return status == 200
 
 
-async def _run(plan: fleet.Plan, run_file: RunFile, screen: Screen, lock_fd: int) -> int:
-    supervisor = supervise.Supervisor(run_file, screen, lock_fd)
+async def _heard(run_file: RunFile, metrics: str, key: str) -> bool:
+    """Whether every ingress that answers has heard a beat of the process with this metrics URL."""
+    where = urlsplit(metrics).netloc
+    if not where:
+        return True  # a command of the Procfile that is none of ours
+    asked = [get(url, "/metrics/targets", key) for url in run_file.metrics["ingress"].values()]
+    return all(status == 0 or where in _targets(body) for status, body in await asyncio.gather(*asked))
+
+
+def _targets(body: bytes) -> set[str]:
+    """The addresses of a Prometheus http_sd answer."""
+    try:
+        rows = json.loads(body)
+        return {str(address) for row in rows for address in row["targets"]}
+    except (ValueError, TypeError, KeyError):
+        return set()
+
+
+async def _open(door: control.Control) -> None:
+    """Let `hotpath restart` in. Raises NotStarted."""
+    try:
+        await door.open()
+    except OSError as exc:
+        raise supervise.NotStarted(f"cannot open {control.NAME} in the data directory: {exc}") from exc
+
+
+async def _run(plan: fleet.Plan, run_file: RunFile, screen: Screen, lock_fd: int, listener: socket.socket) -> int:
+    supervisor = supervise.Supervisor(run_file, screen, lock_fd, listener)
     supervisor.on_signals()
+    rolls = roll.Roll(supervisor, lambda metrics: _heard(run_file, metrics, plan.admin_key))
+
+    async def restart(role: str, report: roll.Report) -> list[dict[str, Any]]:
+        def say(text: str) -> None:
+            screen.say(text)
+            report(text)
+
+        try:
+            return await rolls.run(role, say)
+        except roll.NotReplaced as exc:
+            screen.say(f"restart {role}: {exc}")
+            raise control.Refused(str(exc)) from exc
+
+    door = control.Control(plan.data, restart)
     try:
         run_file.open()
         for spec in plan.specs:
             supervisor.start(spec)
         ready = await supervisor.wait_ready(lambda: _ready(plan.url))
         if ready:
+            await _open(door)
             print(await banner.text(plan), flush=True)
             await supervisor.leaving.wait()
         screen.say("draining and stopping everything (again: at once) ...")
@@ -124,6 +167,7 @@ async def _run(plan: fleet.Plan, run_file: RunFile, screen: Screen, lock_fd: int
         screen.say(f"hotpath up: {exc}")
         return exc.code
     finally:
+        await door.close()
         await supervisor.stop()
     return 0
 
@@ -167,7 +211,7 @@ def main(words: list[str], env: Mapping[str, str] | None = None) -> int:
             screen.say(f"hotpath up: {exc}")
             return 1
         run_file = RunFile(data / "run.json", plan.run_fields())
-        return asyncio.run(_run(plan, run_file, screen, lock_fd))
+        return asyncio.run(_run(plan, run_file, screen, lock_fd, listener))
 
 
 def entry() -> Any:

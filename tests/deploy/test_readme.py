@@ -30,6 +30,7 @@ ELSEWHERE = {
     "./deploy/test --interop": "tests/deploy/test_readme.py::test_the_test_command_is_the_cis",
     "hotpath up": "tests/deploy/test_supervisor.py::test_life",
     "hotpath up --scale guardian=2,provider=2": "tests/deploy/test_supervisor.py::test_life",
+    "hotpath restart all": "tests/e2e/test_rolling.py::test_every_role_is_replaced_under_load",
     "hotpath doctor": "tests/deploy/test_commands.py::test_doctor_of_a_healthy_one",
     "hotpath trace RID": "tests/e2e/test_path.py::test_four_processes",
     "hotpath circuits": "tests/e2e/test_circuits.py::test_two_hundred_at_once_are_one_call",
