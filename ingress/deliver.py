@@ -19,7 +19,7 @@ from shared.bus.base import BusUnavailable, PayloadTooLarge
 from shared.bus.sender import NoLiveInstance, Sender
 from shared.core import stream
 from shared.core.overload import Allowance
-from shared.core.stream import Deliver, Event, Fail, Finish, Limits, Stop, Stream, Write
+from shared.core.stream import Deliver, Discard, Event, Fail, Finish, Limits, Stop, Stream, Write
 from shared.service.killat import reach, reach_soon
 from shared.wire import errors
 from shared.wire.messages import Admit, Ask, ErrorBody, Frame, Hop, encode
@@ -30,6 +30,8 @@ HALF_WINDOW: Final = stream.WINDOW // 2
 MAX_HANDOFF_S: Final = 5.0
 
 Terminal = Finish | Fail
+
+_NOBODY: Final[frozenset[str]] = frozenset()
 
 #: The sink of an exchange that was not started: nothing is ever written to it.
 NOWHERE: Final = Whole()
@@ -240,6 +242,9 @@ class Exchange:
                 self._deliver(delivery, lost)
             case Write():
                 self._write(event, self.desk.clock())
+            case Discard():
+                self.sink.discard()
+                self.credited, self.first_at = 0, 0.0
             case Stop(instance, delivery, reason):
                 self.desk.control.stop(instance, self.number, delivery, reason)
             case Finish(summary):
@@ -262,6 +267,7 @@ class Exchange:
                 "guardian",
                 encode(Admit(ask=ask, hops=(hop,))),
                 on_undeliverable=partial(desk.undeliverable, self.number, delivery),
+                tried=frozenset(self.machine.tried) if delivery > 1 else _NOBODY,
                 lost=partial(desk.moved, self.number, delivery),
             )
         except NoLiveInstance:

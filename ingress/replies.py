@@ -45,7 +45,7 @@ FORGET_S: Final = 60.0
 class Pair:
     """One instance and us."""
 
-    __slots__ = ("control", "credited", "heard", "instance", "open", "read")
+    __slots__ = ("control", "credited", "heard", "instance", "open", "read", "since")
 
     def __init__(self, instance: str, now: float) -> None:
         self.instance = instance
@@ -53,6 +53,7 @@ class Pair:
         self.read = 0  # highest Batch.offset
         self.credited = 0  # of that, told
         self.heard = now
+        self.since = now  # when it began to be waited on
         self.open: dict[int, Exchange] = {}  # exchanges that wait on it
 
 
@@ -179,12 +180,11 @@ class Replies:
         if before and (pair := self._pairs.get(before)) is not None:
             pair.open.pop(exchange.number, None)
         if now_on:
-            now = self._desk.clock()
             pair = self._pairs.get(now_on)
             if pair is None:
-                pair = self._pairs[now_on] = Pair(now_on, now)
+                pair = self._pairs[now_on] = Pair(now_on, self._heard(now_on) or self._desk.clock())
             if not pair.open:
-                pair.heard = now  # the silence begins now
+                pair.since = self._desk.clock()
             pair.open[exchange.number] = exchange
 
     def credit_due(self, exchange: Exchange) -> None:
@@ -230,7 +230,9 @@ class Replies:
                 del self._pairs[pair.instance]
 
     def _watch(self, pair: Pair, now: float) -> None:
-        if now - pair.heard >= SILENT_S:
+        # Its silence began when it was last heard, not when we began to wait: whoever is told of a holder that has been
+        # frozen for a second already waits half a second more, not 1.5. Two questions are asked in any case.
+        if now - pair.since >= GRACE_S and now - max(pair.heard, self._heard(pair.instance)) >= SILENT_S:
             self._dead(pair, now)
             return
         self._publish(pair.control, b"", self._alive_prefix + pair.instance)
@@ -243,6 +245,10 @@ class Replies:
                     streams.append((number, machine.delivery, exchange.credited))
             if streams:
                 self._tell(pair, tuple(streams))
+
+    def _heard(self, instance: str) -> float:
+        """When its last beat came; 0 when it is not known."""
+        return max((roster.heard(instance) or 0.0 for roster in self._rosters.values()), default=0.0)
 
     def _dead(self, pair: Pair, now: float) -> None:
         """Killed or frozen: its requests are delivered again, or end with an error."""

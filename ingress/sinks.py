@@ -29,6 +29,9 @@ class Sink(Protocol):
     def taken(self, received: int) -> int:
         """How many of the bytes received the client has taken."""
 
+    def discard(self) -> None:
+        """What was written is void. Only of a whole answer: a stream's text is with the client."""
+
     def finish(self, summary: Summary) -> None:
         """The good terminal."""
 
@@ -62,6 +65,11 @@ class Whole:
     def taken(self, received: int) -> int:
         """A whole answer drains into the ingress."""
         return received
+
+    def discard(self) -> None:
+        """Its worker died with the answer half way here."""
+        self.parts.clear()
+        self.head = None
 
     def finish(self, summary: Summary) -> None:
         """The handler sends it."""
@@ -132,6 +140,10 @@ class Live:
     def drained(self) -> None:
         """The connection says that the client took bytes."""
         self._notify.credit_due()
+
+    def discard(self) -> None:
+        """Never asked for: the machine ends a stream whose text was given out. Raises AssertionError."""
+        raise AssertionError("text of a stream cannot be taken back")
 
     def finish(self, summary: Summary) -> None:
         """The terminal in the form the client asked for, and the end of the body."""

@@ -11,20 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from deploy.cli.backoff import Backoff
 from deploy.cli.logs import LogFile, Output, Screen
 from deploy.cli.procfile import ROOT
 
-FIRST_PAUSE_S: Final = 0.1
-MAX_PAUSE_S: Final = 10.0
-HEALTHY_S: Final = 30.0  # alive this long: the next death starts again at FIRST_PAUSE_S
 BAD_CONFIG: Final = 78  # what a process exits with when settings or catalogue are refused (sysexits EX_CONFIG)
 MAX_READY: Final = 16_384  # bytes of ready lines one process may write
-
-
-def next_pause(pause: float, alive: float) -> tuple[float, float]:
-    """(wait now, wait at the next death) of a process that lived `alive` seconds, when the wait was to be `pause`."""
-    now = FIRST_PAUSE_S if alive >= HEALTHY_S else pause
-    return now, min(now * 2, MAX_PAUSE_S)
 
 
 class ReadyLines(asyncio.Protocol):
@@ -96,17 +88,19 @@ class Slot:
     task: "asyncio.Task[None] | None" = None  # ends only by `stop`, a refusal, or a fault (its log cannot be opened)
     _stopping: bool = False
     _ever_ready: bool = False
+    _was_ready: bool = False  # in this life
 
     def start(self) -> None:
         """Begin; returns at once."""
         self.task = asyncio.create_task(self._keep(), name=self.spec.name)
 
     async def _keep(self) -> None:
-        pause = FIRST_PAUSE_S
+        backoff = Backoff()
         log = LogFile(self.spec.log)
         try:
             while not self._stopping:
                 started = time.monotonic()
+                self._was_ready = False
                 code, tail = await self._run(log)
                 self.died.set()
                 if self._stopping:
@@ -114,7 +108,8 @@ class Slot:
                 if code == BAD_CONFIG and not self._ever_ready:
                     self.refused = True
                     return
-                wait, pause = next_pause(pause, time.monotonic() - started)
+                now = time.monotonic()
+                wait = backoff.pause(now, alive=now - started, was_ready=self._was_ready)
                 self._tell(code, tail, wait)
                 await asyncio.sleep(wait)
         finally:
@@ -178,7 +173,7 @@ class Slot:
     def _on_ready(self, pid: int, found: dict[str, Any]) -> None:
         if self.process is None or self.process.pid != pid:
             return
-        self._ever_ready = True
+        self._ever_ready = self._was_ready = True
         metrics = found.get("metrics")
         self.metrics = metrics if isinstance(metrics, str) else ""
         self.events.ready(self.spec, pid, found)

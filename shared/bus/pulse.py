@@ -63,18 +63,22 @@ class Pulse:
         self._look_timer: asyncio.TimerHandle | None = None
         self._awaited: set[str] = set()  # roles not heard yet, while `acquaint` waits
         self._acquainted = asyncio.Event()
+        self._listens_since = 0.0
 
     async def listen(self, bus: Bus, roles: Iterable[str]) -> None:
         """Follow the beats of these roles; each has a roster. Raises what `subscribe` raises."""
         for role in roles:
             await bus.subscribe(subjects.beat(role, "*"), self._on_beat)
+        self._listens_since = time.monotonic()
 
     async def acquaint(self, roles: AbstractSet[str]) -> None:
-        """Return once each of these roles was heard, or after one beat: after `listen`, before work is taken. An
-        instance that is booting counts: it will take work when we do. One that leaves does not.
+        """Return once everybody of these roles was heard: after `listen`, before work is taken. In a fleet at work that
+        is one beat after `listen`; where all are booting it is enough that each role was heard, since they will take
+        work when we do. An instance that leaves does not count.
 
         A worker that took work before it knew whom to hand it to could only refuse it, at once, and would be sent more
-        for being idle: 300 refusals in the half second after a guardian's restart (measured).
+        for being idle: 300 refusals in the half second after a guardian's restart (measured). One that knew only one
+        instance of a role refused what was under way when that one was killed (seen: 503, its sibling lived).
         """
         now = time.monotonic()
         self._awaited = {role for role in roles if not any(map(_stays, self._rosters[role].alive(now)))}
@@ -82,6 +86,9 @@ class Pulse:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._acquainted.wait(), ACQUAINT_S)
             self._awaited = set()
+        now = time.monotonic()
+        if any(not beat.draining for role in roles for beat in self._rosters[role].alive(now)):
+            await asyncio.sleep(self._listens_since + ACQUAINT_S - now)
 
     def announce(self, living: list[Living]) -> None:
         """Say that these are booting: they are to be sent nothing yet, but nobody need wait to hear of them."""

@@ -2,7 +2,9 @@
 
 Pure: `now` (monotonic seconds) and the dice are arguments. A beat younger than 1.5 s means alive; NATS's 503 or a
 missed answer says dead at once, until the next beat. The choice is the power of two: of two instances drawn at random
-the one with less in flight, counted as it last told plus what this process has sent it since.
+the one with less in flight, counted as it last told plus what this process has sent it since. One whose beat is overdue
+is alive but not asked while others are in time: a frozen instance gets requests for 0.75 s instead of 1.5, so that a
+request cannot meet it in three deliveries of its four (500 ms apart).
 """
 
 import random
@@ -16,6 +18,7 @@ from shared.wire.subjects import TOKEN
 
 BEAT_S: Final = 0.5  # how often an instance says that it lives
 ALIVE_S: Final = 1.5  # a beat older than this is nobody's: three were missed
+OVERDUE_S: Final = 0.75  # half a beat late: only when nobody else is there
 MAX_INSTANCES: Final = 4096  # a role's instances remembered; more is a fault or an attack, not a fleet
 FORGET_S: Final = 60.0  # silent for this long: the id was of another boot and never comes back
 
@@ -63,7 +66,7 @@ class Roster:
             self._admit(beat, now)
             return
         was = member.beat
-        if member.dead or (was.draining, was.loaded) != (beat.draining, beat.loaded) or now - member.heard >= ALIVE_S:
+        if member.dead or (was.draining, was.loaded) != (beat.draining, beat.loaded) or now - member.heard >= OVERDUE_S:
             self._pool_until = float("-inf")
         member.beat = beat
         member.heard = max(now, member.heard)
@@ -89,13 +92,17 @@ class Roster:
                 return
 
     def pick(self, now: float, skip: AbstractSet[str] = _NOBODY, dice: Dice = random) -> str | None:
-        """The instance the next message goes to: alive, not draining, not in `skip`, loaded if any is; None when there
-        is none."""
+        """The instance the next message goes to: alive, not draining, not in `skip`, loaded if any is, of those one
+        whose beat is not overdue if there is such a one; None when there is none."""
         if now >= self._pool_until:
             self._fill(now)
         pool = self._pool
         if skip:
-            pool = [entry for entry in pool if entry[0] not in skip]
+            pool = [entry for entry in pool if entry[0] not in skip] or [
+                (instance, member)
+                for instance, member in self._members.items()
+                if instance not in skip and _lives(member, now) and not member.beat.draining
+            ]
         count = len(pool)
         if count < 2:
             return pool[0][0] if pool else None
@@ -110,8 +117,10 @@ class Roster:
         alive = [(instance, member) for instance, member in self._members.items() if _lives(member, now)]
         serving = [entry for entry in alive if not entry[1].beat.draining]
         # Who has never reached Redis can only refuse: the last resort, and better than nobody's answer.
-        self._pool = [entry for entry in serving if entry[1].beat.loaded] or serving
-        self._pool_until = min((member.heard + ALIVE_S for _, member in self._pool), default=float("-inf"))
+        takers = [entry for entry in serving if entry[1].beat.loaded] or serving
+        in_time = [entry for entry in takers if now - entry[1].heard < OVERDUE_S]
+        self._pool, good_for = (in_time, OVERDUE_S) if in_time else (takers, ALIVE_S)
+        self._pool_until = min((member.heard + good_for for _, member in self._pool), default=float("-inf"))
 
     def sent(self, instance: str) -> None:
         """One message went to `instance`: counts as load until its next beat tells."""

@@ -80,9 +80,11 @@ class Sender:
         *,
         on_undeliverable: Callable[[], None],
         skip: AbstractSet[str] = _NOBODY,
+        tried: AbstractSet[str] = _NOBODY,
         lost: Callable[[str, str], None] | None = None,
     ) -> str:
-        """Publish `payload` to one live instance of `role` and return its id.
+        """Publish `payload` to one live instance of `role` and return its id: to none of `skip`, and to one of `tried`
+        (which did not answer before) only when there is no other.
 
         When NATS answers that nobody is there, the instance is marked dead and another one gets the message (each at
         most once): `lost(dead, next)` is told. With none left `on_undeliverable()` is called, once. Both are called
@@ -91,7 +93,10 @@ class Sender:
         """
         now = self._clock()
         self.sweep(now)
-        instance = self._rosters[role].pick(now, skip)
+        roster = self._rosters[role]
+        instance = roster.pick(now, skip | tried) if tried else None
+        if instance is None:
+            instance = roster.pick(now, skip)
         if instance is None:
             raise NoLiveInstance(role)
         self._publish(_Kept(role, instance, payload, skip, lost, on_undeliverable, now + KEEP_S))

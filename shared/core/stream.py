@@ -9,7 +9,8 @@ overlap, and every frame may be lost or come twice. Four states:
 
     WAITING   nobody owns the stream; frames of every delivery that was made are welcome
     HELD      a provider owns it, none of its text has come yet: its death only costs another delivery
-    STARTED   text was given out: from here on the stream belongs to its owner, for better or worse
+    STARTED   text was given out: from here on the stream belongs to its owner, for better or worse (a whole answer
+              is not with the client before its end: its owner's death voids the text and costs a delivery only)
     DONE      the one terminal was given out; whatever still comes is answered with a cancel
 
 A frame is judged by its state, by who sent it (the *standing* of its delivery) and by its kind: `_TABLE` below is
@@ -38,8 +39,11 @@ from typing import Final
 
 from msgspec import Struct
 
+from shared.core.events import Deliver, Discard, Event, Events, Fail, Finish, Stop, Write
 from shared.wire import errors
-from shared.wire.messages import Accepted, Delta, End, ErrorBody, Failed, Frame, Hop, Refused, Summary
+from shared.wire.messages import Accepted, Delta, End, ErrorBody, Failed, Frame, Hop, Refused
+
+__all__ = ["Deliver", "Discard", "Event", "Events", "Fail", "Finish", "Limits", "Stop", "Stream", "Write"]
 
 #: At most this many deliveries of one request, the first included (DESIGN 3, liveness).
 MAX_DELIVERIES: Final = 4
@@ -77,50 +81,6 @@ class Limits(Struct, frozen=True, kw_only=True):
     max_deliveries: int = MAX_DELIVERIES
 
 
-# ---- events -------------------------------------------------------------------------------------------------------
-
-
-class Deliver(Struct, frozen=True):
-    """Hand the request over as this delivery; `lost` names the provider instance found dead."""
-
-    delivery: int
-    lost: str = ""
-
-
-class Write(Struct, frozen=True):
-    """Bytes for the client. `head` only with the first ones."""
-
-    data: bytes
-    head: dict[str, str] | None = None
-
-
-class Finish(Struct, frozen=True):
-    """The good terminal."""
-
-    summary: Summary
-    hops: tuple[Hop, ...] = ()
-
-
-class Fail(Struct, frozen=True):
-    """The bad terminal; `started`: text was given out before."""
-
-    error: ErrorBody
-    started: bool
-    head: dict[str, str] | None = None
-    hops: tuple[Hop, ...] = ()
-
-
-class Stop(Struct, frozen=True):
-    """Tell this instance to give up that delivery."""
-
-    instance: str
-    delivery: int
-    reason: str
-
-
-Event = Deliver | Write | Finish | Fail | Stop
-Events = tuple[Event, ...]
-
 _NOTHING: Final[Events] = ()
 
 # ---- the table: (state, standing) -> kind of frame -> what is done -------------------------------------------------
@@ -155,7 +115,7 @@ class Stream:
     __slots__ = (
         "_call", "_deadline", "_expected", "_fenced", "_first_due", "_guardian", "_handoff", "_handoff_due",
         "_idle_from", "_limits", "_lost", "_told", "_unfenced_owner", "delivery", "due", "holder", "newest",
-        "received", "sent_at", "state", "taken",
+        "received", "sent_at", "state", "taken", "tried",
     )  # fmt: skip
 
     def __init__(self, limits: Limits, now: float) -> None:
@@ -169,6 +129,7 @@ class Stream:
         self._call = 0
         self._unfenced_owner = False  # its Accepted named call 0: no dispatch, so nothing would stop a second call
         self._guardian = ""  # who took the newest delivery
+        self.tried: tuple[str, ...] = ()  # who took those before: a re-delivery goes elsewhere if it can
         self._expected: dict[int, int] = {}  # delivery -> its next seq
         self._fenced: tuple[int, ...] = ()
         self._told: dict[int, float] = {}  # delivery -> when its sender was last told to stop
@@ -213,12 +174,9 @@ class Stream:
             return _NOTHING
         if self.delivery and self.holder == instance:
             stop = Stop(instance, self.delivery, "presumed dead")
-            if self.state == STARTED or self._unfenced_owner:
+            if self._unfenced_owner or (self.state == STARTED and self._limits.streamed):
                 return (*self._fail(errors.WorkerLost().body()), stop)
-            self._fenced += (self.delivery,)
-            self.state, self.delivery, self.holder, self._call = WAITING, 0, "", 0
-            self._lost = instance
-            return (stop, *self._again(now))
+            return (stop, *self._disown(now))
         if self.state == WAITING and self._guardian == instance:
             return self._again(now)
         return _NOTHING
@@ -361,11 +319,24 @@ class Stream:
 
     def _deliver(self, now: float) -> Events:
         self.newest += 1
-        self._guardian = ""
+        if self._guardian:
+            self.tried += (self._guardian,)
+            self._guardian = ""
         self.sent_at = now
         self._handoff_due = now + self._handoff
         self._schedule()
         return (Deliver(self.newest, self._lost),)
+
+    def _disown(self, now: float) -> Events:
+        """The owner is dead and the client has seen nothing: another delivery, its time to the first token anew."""
+        void: Events = (Discard(),) if self.state == STARTED else _NOTHING
+        self._fenced += (self.delivery,)
+        self._lost = self.holder
+        self.state, self.delivery, self.holder, self._call = WAITING, 0, "", 0
+        self.received = self.taken = 0
+        if self._limits.streamed:
+            self._first_due = now + self._limits.first_token + BACKSTOP_S
+        return (*void, *self._again(now))
 
     def _again(self, now: float) -> Events:
         """Another delivery, if one is left."""

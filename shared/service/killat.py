@@ -3,7 +3,8 @@
     HOTPATH_TEST=1 KILLAT=guardian.after_reserve ...   the process dies when it first comes to that point
     HOTPATH_TEST=1 KILLAT_DIR=DIR ...                  the process that comes to point P while DIR/P exists takes that
                                                        file away and dies: once, whichever process it is, even though
-                                                       the supervisor starts the next one with the same environment
+                                                       the supervisor starts the next one with the same environment.
+                                                       With "STOP" in the file it stands still there, until SIGCONT.
 
 Bound at import: without HOTPATH_TEST=1 both functions do nothing (50 ns a point). The death is SIGKILL: no handler,
 no flush, no goodbye. `POINTS` lists every point, in the order a request comes to them.
@@ -45,6 +46,10 @@ POINTS: Final = (
 )
 
 
+#: What a file of KILLAT_DIR holds when the process shall be frozen instead.
+STOP: Final = "STOP"
+
+
 class Reach(Protocol):
     """What `reach` and `reach_soon` are."""
 
@@ -73,11 +78,16 @@ def _armed(env: Mapping[str, str]) -> Reach:
         if point == wanted:
             _die(point)
         if folder:
+            file = Path(folder, point)
             try:
-                Path(folder, point).unlink()
-            except FileNotFoundError:
+                what = file.read_text()
+                file.unlink()
+            except FileNotFoundError:  # not armed, or somebody else's
                 return
-            _die(point)
+            if what == STOP:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            else:
+                _die(point)
 
     return reach
 

@@ -100,14 +100,36 @@ async def test_the_others_are_heard_before_work_is_taken(monkeypatch: pytest.Mon
     pulse = Pulse({"routing": Roster("routing"), "provider": Roster("provider")})
     await pulse.listen(bus, ["routing", "provider"])
     waiting = asyncio.ensure_future(pulse.acquaint({"routing", "provider"}))
-    bus.publish(subjects.beat("routing", "r1"), encode(Beat(role="routing", instance="r1")))
+    bus.publish(
+        subjects.beat("routing", "r1"), encode(Beat(role="routing", instance="r1", draining=True, booting=True))
+    )
     await asyncio.sleep(0.01)
     assert not waiting.done()
-    bus.publish(subjects.beat("provider", "p1"), encode(Beat(role="provider", instance="p1")))
+    bus.publish(
+        subjects.beat("provider", "p1"), encode(Beat(role="provider", instance="p1", draining=True, booting=True))
+    )
     async with asyncio.timeout(1):
         await waiting
         await pulse.acquaint({"routing"})
         await pulse.acquaint(set())
+
+
+async def test_in_a_fleet_at_work_everybody_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who knew one of two would refuse everything when that one is killed: one whole beat is waited for."""
+    monkeypatch.setattr(module, "ACQUAINT_S", 0.4)
+    bus = Broker().client("one")
+    roster = Roster("routing")
+    pulse = Pulse({"routing": roster})
+    await pulse.listen(bus, ["routing"])
+    waiting = asyncio.ensure_future(pulse.acquaint({"routing"}))
+    bus.publish(subjects.beat("routing", "r1"), encode(Beat(role="routing", instance="r1")))
+    await asyncio.sleep(0.1)
+    assert not waiting.done()
+    bus.publish(subjects.beat("routing", "r2"), encode(Beat(role="routing", instance="r2")))
+    async with asyncio.timeout(1):
+        await waiting
+        await pulse.acquaint({"routing"})  # heard for long enough
+    assert {beat.instance for beat in roster.alive(time.monotonic())} == {"r1", "r2"}
 
 
 async def test_who_boots_is_heard_and_who_leaves_is_not(monkeypatch: pytest.MonkeyPatch) -> None:

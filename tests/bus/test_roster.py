@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.bus.roster import ALIVE_S, MAX_INSTANCES, Roster
+from shared.bus.roster import ALIVE_S, MAX_INSTANCES, OVERDUE_S, Roster
 from shared.wire.messages import Beat
 
 
@@ -49,7 +49,6 @@ def test_the_silent_leave_while_others_beat_on() -> None:
     roster = roster_of(beat("a"), beat("b"))
     assert set(picks(roster, 0.1)) == {"a", "b"}
     roster.on_beat(beat("b"), 1.0)
-    assert set(picks(roster, 1.4)) == {"a", "b"}
     assert set(picks(roster, 1.6)) == {"b"}
 
 
@@ -62,6 +61,21 @@ def test_who_never_reached_redis_is_the_last_resort() -> None:
     roster.on_beat(beat("old", 50), 0.2)
     roster.on_beat(beat("new"), 0.2)
     assert set(picks(roster, 0.2)) == {"new"}
+
+
+def test_who_is_overdue_is_asked_only_when_nobody_is_in_time() -> None:
+    """faults 17: a frozen instance gets requests for half of the time in which it counts as alive."""
+    roster = roster_of(beat("a"), beat("b", 90))
+    roster.on_beat(beat("b", 90), 0.5)
+    assert picks(roster, OVERDUE_S - 0.01) == {"a": 400}  # in time, and has less to do
+    assert picks(roster, OVERDUE_S) == {"b": 400}
+    assert {b.instance for b in roster.alive(OVERDUE_S)} == {"a", "b"}
+    assert picks(roster, OVERDUE_S, skip=frozenset("b")) == {"a": 400}
+    assert picks(roster, 0.5 + OVERDUE_S) == {"a": 400}  # both are overdue: as if both were in time
+    roster.on_beat(beat("a"), 1.3)
+    assert picks(roster, 1.3) == {"a": 400}
+    roster.on_beat(beat("b"), 1.35)
+    assert set(picks(roster, 1.4)) == {"a", "b"}
 
 
 def test_the_less_loaded_of_two_is_taken() -> None:
@@ -210,6 +224,7 @@ def test_a_pick_is_always_somebody_who_may_be_picked(events: list[tuple[str, str
         elif what == "grace":
             roster.grace(now, wait)
             heard |= {k: max(v, now - 1.0) for k, v in heard.items() if now - wait - v < ALIVE_S}
-        expected = {k for k, v in heard.items() if now - v < ALIVE_S and not draining[k]}
+        alive = {k: now - v for k, v in heard.items() if now - v < ALIVE_S and not draining[k]}
+        expected = {k for k, age in alive.items() if age < OVERDUE_S} or set(alive)
         chosen = roster.pick(now, dice=dice)
         assert chosen in expected if expected else chosen is None

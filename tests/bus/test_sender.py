@@ -30,11 +30,14 @@ class World:
         for instance in instances:
             self.roster.on_beat(Beat(role="routing", instance=instance), self.now)
 
-    def send(self, payload: bytes = b"x", skip: frozenset[str] = frozenset()) -> str:
+    def send(
+        self, payload: bytes = b"x", skip: frozenset[str] = frozenset(), tried: frozenset[str] = frozenset()
+    ) -> str:
         return self.sender.send(
             "routing",
             payload,
             skip=skip,
+            tried=tried,
             lost=lambda dead, following: self.lost.append((dead, following)),
             on_undeliverable=lambda: self.undeliverable.append(payload.decode()),
         )
@@ -131,6 +134,16 @@ async def test_skipped_instances_are_never_tried(world: World) -> None:
     assert not world.lost
     with pytest.raises(NoLiveInstance):
         world.send(b"again", frozenset({"w1", "w2"}))
+
+
+async def test_who_did_not_answer_before_is_tried_last(world: World) -> None:
+    """DESIGN 1: a re-delivery goes to another instance, to the same one only when there is no other."""
+    world.beat("w1", "w2")
+    assert {world.send(tried=frozenset({"w1"})) for _ in range(20)} == {"w2"}
+    assert world.send(tried=frozenset({"w1", "w2"})) in {"w1", "w2"}
+    assert world.send(skip=frozenset({"w2"}), tried=frozenset({"w1"})) == "w1"
+    with pytest.raises(NoLiveInstance):
+        world.send(skip=frozenset({"w1", "w2"}), tried=frozenset({"w1"}))
 
 
 async def test_what_cannot_be_published_is_said_at_once(world: World) -> None:

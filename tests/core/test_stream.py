@@ -9,6 +9,7 @@ from shared.core.stream import (
     STARTED,
     WAITING,
     Deliver,
+    Discard,
     Event,
     Fail,
     Finish,
@@ -170,6 +171,37 @@ def test_the_holder_dies_after_the_first_delta() -> None:
     events = machine.died("p1", 1.0)
     assert code(events) == "upstream_worker_lost"
     assert machine.died("p1", 1.1) == ()
+
+
+def test_the_holder_of_a_whole_answer_dies_after_its_first_part() -> None:
+    """Nothing of it is with the client yet: the parts are void, and another delivery begins anew."""
+    machine = stream(streamed=False)
+    feed(machine, accepted(), Delta(7, 1, 1, b"half of", {"X-BR-Calls": "1"}))
+    machine.took(7, 0.1)
+    assert machine.died("p1", 1.0) == (Stop("p1", 1, "presumed dead"), Discard(), Deliver(2, "p1"))
+    assert (machine.state, machine.received, machine.taken) == (WAITING, 0, 0)
+    assert feed(machine, Delta(7, 1, 2, b" the old"), now=2.0) == [Stop("p1", 1, "not the owner")]
+    feed(machine, accepted(2, call=2))
+    assert feed(machine, Delta(7, 2, 1, b"all of it", {"X-BR-Calls": "2"})) == [
+        Write(b"all of it", {"X-BR-Calls": "2"})
+    ]
+
+
+def test_after_a_death_the_first_token_has_its_whole_time_again() -> None:
+    """The next provider's own timer begins with its call; ours is only the backstop behind it."""
+    machine = stream()
+    feed(machine, accepted())
+    machine.died("p1", 8.0)
+    feed(machine, accepted(2, call=2), now=8.1)
+    assert machine.due == 18.0 + BACKSTOP_S
+
+
+def test_who_had_the_earlier_deliveries_is_remembered() -> None:
+    machine = stream()
+    machine.tick(machine.due)
+    machine.sent("g2")
+    machine.tick(machine.due)
+    assert machine.tried == ("g1", "g2")
 
 
 def test_an_unreserved_request_is_delivered_once_and_never_again() -> None:

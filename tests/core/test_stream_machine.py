@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from shared.core import stream
-from shared.core.stream import Deliver, Fail, Finish, Limits, Stop, Stream, Write
+from shared.core.stream import Deliver, Discard, Fail, Finish, Limits, Stop, Stream, Write
 from shared.wire import errors
 from shared.wire.messages import Accepted, Delta, End, Failed, Frame, Refused, Summary
 
@@ -38,6 +38,7 @@ class World(RuleBasedStateMachine):
     @initialize(streamed=st.booleans())
     def start(self, streamed: bool) -> None:
         self.now = 100.0
+        self.streamed = streamed
         limits = Limits(streamed=streamed, first_token=3.0, idle=3.0, total=20.0, max_bytes=1 << 20)
         self.machine = Stream(limits, self.now)
         self.pending: dict[int, str] = {}  # deliveries that no worker has processed yet -> lost
@@ -66,6 +67,9 @@ class World(RuleBasedStateMachine):
                     assert not self.terminals
                     assert not self.left
                     self.text += data
+                case Discard():
+                    assert not self.streamed, "text of a stream was taken back"
+                    self.text = b""
                 case Finish() | Fail():
                     assert not self.left
                     if isinstance(event, Fail):

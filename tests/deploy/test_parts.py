@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from deploy.cli import confs, credentials, example, logs, procfile, runfile, show, slot, up, where
+from deploy.cli import confs, credentials, example, logs, procfile, runfile, show, up, where
+from deploy.cli.backoff import REFILL_S, Backoff
 from deploy.cli.slot import ReadyLines
 from deploy.simulator.bill import PRICES
 from shared.catalog import load as load_catalog
@@ -236,12 +237,32 @@ def test_ready_lines_are_bounded() -> None:
 
 def test_backoff() -> None:
     """0.1 s, doubling to 10 s, and from the start again after 30 s of life (fault 21)."""
-    pause, waits = slot.FIRST_PAUSE_S, []
-    for _ in range(10):
-        wait, pause = slot.next_pause(pause, alive=0.0)
-        waits.append(wait)
+    backoff = Backoff()
+    waits = [unready(backoff) for _ in range(10)]
     assert waits == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10, 10, 10]
-    assert slot.next_pause(pause, alive=30.0) == (0.1, 0.2)
+    assert backoff.pause(0.0, alive=30.0, was_ready=False) == 0.1
+
+
+def unready(backoff: Backoff) -> float:
+    """The wait after a death before it was ready."""
+    return backoff.pause(0.0, alive=0.0, was_ready=False)
+
+
+def test_what_had_served_comes_back_at_once() -> None:
+    """Killed 20 times in a minute it is back after 0.1 s each time; a loop that goes on backs off all the same."""
+    backoff, now, starts = Backoff(), 0.0, 0
+    waits = []
+    for _ in range(20):
+        waits.append(backoff.pause(now, alive=1.0, was_ready=True))
+        now += 1.0 + waits[-1]
+    assert waits == [0.1] * 20
+    until = now + 600
+    while now < until:
+        now += 1.0 + backoff.pause(now, alive=1.0, was_ready=True)
+        starts += 1
+    assert starts < 600 / 5
+    now += 20 * REFILL_S
+    assert [backoff.pause(now, alive=1.0, was_ready=True) for _ in range(20)] == [0.1] * 20
 
 
 def test_scale() -> None:

@@ -38,6 +38,8 @@ ELSEWHERE = {
     "honcho start -c ingress=2,guardian=2,provider=4": "tests/deploy/test_honcho.py::test_scaled_against_given_servers",
     "honcho start -f deploy/Procfile.dev": "tests/deploy/test_honcho.py::test_procfile_dev",
     "WORKER_ROLES=guardian,routing,provider python -m workers": "tests/deploy/test_honcho.py::test_one_worker_process",
+    ".venv/bin/python -m tests.e2e.rounds --rounds 20": "tests/e2e/test_kills.py::test_killed_and_frozen_under_load",
+    ".venv/bin/python -m tests.e2e.kill_points --times 3": "tests/e2e/test_kills.py::test_every_kill_point",
     ". .venv/bin/activate": "tests/deploy/test_fresh.py::test_a_fresh_clone",
 }
 

@@ -19,12 +19,13 @@ class Entry(Struct, frozen=True):
     amount: int
     cost: int
     estimated: bool = False
+    instance: str = ""  # the provider that held it
 
 
 def entries(up: Up, tenant: str) -> dict[str, Entry]:
     """Every call of a tenant by `<rid>.<call>`."""
     found: list[dict[str, Any]] = up.cli("ledger", "show", tenant)["entries"]
-    made = [Entry(raw["rid"], raw["call"], raw["state"], raw["amount"], raw["cost"], raw["estimated"]) for raw in found]
+    made = [Entry(*(raw[name] for name in Entry.__struct_fields__)) for raw in found]
     return {f"{entry.rid}.{entry.call}": entry for entry in made}
 
 

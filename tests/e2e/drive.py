@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import time
 from typing import Any
 
@@ -20,6 +21,7 @@ class Seen(Struct, kw_only=True):
     left: bool = False  # the client went away on purpose
     broken: bool = False  # the connection ended before the body did
     took: float = 0.0  # seconds until it was over
+    first: float = math.inf  # seconds until the first event of a stream had come
 
     @property
     def rid(self) -> str:
@@ -88,7 +90,7 @@ class Client:
         seen = Seen()
         began = time.monotonic()
         asked = self._ask(seen, {"model": model, "messages": [{"role": "user", "content": prompt}], **body},
-                          headers or {}, leave_at)  # fmt: skip
+                          headers or {}, leave_at, began)  # fmt: skip
         try:
             await asyncio.wait_for(asked, leave_after)
         except TimeoutError:
@@ -98,13 +100,17 @@ class Client:
         seen.took = time.monotonic() - began
         return seen
 
-    async def _ask(self, seen: Seen, body: dict[str, Any], headers: dict[str, str], leave_at: int | None) -> None:
+    async def _ask(
+        self, seen: Seen, body: dict[str, Any], headers: dict[str, str], leave_at: int | None, began: float
+    ) -> None:
         sent = {"Authorization": f"Bearer {self._key}", **headers}
         async with self._session.post(self._url, json=body, headers=sent, timeout=NO_LIMIT) as answer:
             seen.status = answer.status
             seen.headers = {name.lower(): value for name, value in answer.headers.items()}
             async for piece in answer.content.iter_any():
                 seen.body += piece
+                if seen.first == math.inf and b"data: " in seen.body:
+                    seen.first = time.monotonic() - began
                 if leave_at is not None and len(seen.body) >= leave_at:
                     seen.left = True
                     answer.close()

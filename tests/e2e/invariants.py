@@ -79,14 +79,14 @@ def baseline(up: Up) -> Baseline:
 
 async def check(
     up: Up, sim: Sim, made: dict[str, Any], asked: list[Asked], before: Baseline | None = None, *,
-    dead: bool = False, lease_s: float = 16.0,
+    dead: bool = False, lease_s: float = 16.0, spare_fds: int = SPARE_FDS,
 ) -> Counter[str]:  # fmt: skip
     """Wait until the money has come to rest, then check everything about one tenant's requests.
 
     `made`: the tenant, as the `tenant` fixture makes it; nobody else may have used it, and the simulator's bill starts
     with these requests. `dead`: a process died or stood still, so that calls may be unconfirmed, and requests may have
     been answered with an error where that was promised (the caller checks which). `lease_s`: the longest lease, the
-    grace and I3's 5 s.
+    grace and I3's 5 s. `spare_fds`: so many descriptors more than before are no leak.
     """
     row = await asyncio.to_thread(settled_level, up, made["tenant"], lease_s)
     assert await asyncio.to_thread(sim.wait, 7000, in_flight=0), "an upstream call goes on for nobody"
@@ -98,7 +98,7 @@ async def check(
     counts += check_calls(lines)
     await asyncio.to_thread(check_leases, up, made)
     counts += await asyncio.to_thread(check_secrets, up, made)
-    await asyncio.to_thread(check_baseline, up, before)
+    await asyncio.to_thread(check_baseline, up, before, spare_fds=spare_fds)
     return counts
 
 
@@ -198,7 +198,7 @@ def check_leases(up: Up, made: dict[str, Any]) -> None:
 # ---- I8, I9: what is left behind -------------------------------------------------------------------------------------
 
 
-def check_baseline(up: Up, before: Baseline | None, within: float = 8.0) -> None:
+def check_baseline(up: Up, before: Baseline | None, within: float = 8.0, spare_fds: int = SPARE_FDS) -> None:
     """Nothing in flight anywhere; the processes that lived through it have their descriptors back."""
     end = time.monotonic() + within
     while True:
@@ -206,7 +206,7 @@ def check_baseline(up: Up, before: Baseline | None, within: float = 8.0) -> None
         grown = {
             pid: (count, now)
             for pid, count in (before.fds if before else {}).items()
-            if (now := _fds(pid)) > count + SPARE_FDS
+            if (now := _fds(pid)) > count + spare_fds
         }
         if not busy and not grown:
             return

@@ -344,6 +344,69 @@ async def test_the_holder_dies_before_the_first_text(
     empty(world)
 
 
+async def test_a_refused_names_a_holder_that_has_been_frozen_for_long(
+    world: World, http: aiohttp.ClientSession
+) -> None:
+    """faults 17: its Accepted was lost in the freeze. Its silence began when it was last heard, so half a second more
+    is enough, not another 1.5 s."""
+    second = await world.add("provider", "p2")
+    world.deaf = True
+    world.provider.frozen = True
+    world.ctx.rosters["provider"]._members["p1"].heard -= 1.2  # its last beat
+    posting = asyncio.ensure_future(http.post(world.url + CHAT, json=STREAM))
+    await world.ask()
+    second_ask = await world.ask()  # nobody accepted
+    begun = time.monotonic()
+    second.send(second_ask, second.refused(second_ask, "p1", 1))
+    third = await world.ask()
+    assert time.monotonic() - begun < 1.2
+    assert (third.delivery, third.lost) == (3, "p1")
+    second.send(third, second.accepted(third, call=2), second.delta(third, event("new"), HEAD), second.end(third))
+    async with await posting as answer:
+        assert await answer.read() == event("new") + b"data: [DONE]\n\n"
+    empty(world)
+
+
+async def test_the_holder_of_a_whole_answer_dies_with_half_of_it_here(
+    world: World, http: aiohttp.ClientSession
+) -> None:
+    """No byte of it is with the client: 200, with the next provider's answer and headers."""
+    second = await world.add("provider", "p2")
+    world.deaf = True
+    posting = asyncio.ensure_future(http.post(world.url + CHAT, json=BODY))
+    ask = await world.ask()
+    world.provider.send(ask, world.provider.accepted(ask), world.provider.delta(ask, b'{"old', {"X-BR-Calls": "1"}))
+    await asyncio.sleep(0.01)
+    world.provider.kill()
+    again = await world.ask()
+    assert (again.delivery, again.lost) == (2, "p1")
+    head = {"X-BR-Calls": "2"}
+    second.send(again, second.accepted(again, call=2), second.delta(again, b'{"new":1}', head), second.end(again))
+    async with await posting as answer:
+        assert (answer.status, await answer.read()) == (200, b'{"new":1}')
+        assert answer.headers["X-BR-Calls"] == "2"
+    empty(world)
+
+
+async def test_a_redelivery_goes_to_another_guardian(world: World, http: aiohttp.ClientSession) -> None:
+    """DESIGN 1: who did not accept before is passed over."""
+    await world.add("guardian", "g2")
+    world.deaf = True
+    posting = [asyncio.ensure_future(http.post(world.url + CHAT, json=BODY)) for _ in range(6)]
+    asks = [await world.ask() for _ in range(12)]
+    assert [ask.delivery for ask in asks] == [1] * 6 + [2] * 6
+    for ask in asks[:6]:
+        (taken,) = [worker for worker in world.workers if any(one.rid == ask.rid for one in worker.asks[:6]) and
+                    any(one.rid == ask.rid and one.delivery == 1 for one in worker.asks)]  # fmt: skip
+        (other,) = [worker for worker in world.workers if any(
+            one.rid == ask.rid and one.delivery == 2 for one in worker.asks)]  # fmt: skip
+        assert taken is not other
+    for ask in asks[6:]:
+        world.script(ask, world.provider)
+    for answer in await asyncio.gather(*posting):
+        assert answer.status == 200
+
+
 async def test_14_the_holder_dies_after_text(world: World, http: aiohttp.ClientSession) -> None:
     _, answer = await begin(world, http)
     world.provider.kill()

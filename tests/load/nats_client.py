@@ -25,7 +25,7 @@ from msgspec.structs import replace
 
 from shared.bus.base import BusUnavailable, PayloadTooLarge
 from shared.bus.nats import NatsBus
-from shared.core.stream import WINDOW, Deliver, Events, Fail, Finish, Limits, Stop, Stream, Write
+from shared.core.stream import WINDOW, Deliver, Discard, Events, Fail, Finish, Limits, Stop, Stream, Write
 from shared.wire import errors, messages, subjects
 from shared.wire.messages import Admit, Ask, Beat, Cancel, Credit, Frame, ReplyTo
 
@@ -201,9 +201,10 @@ class NatsClient:
             self._release(inbox)
 
     def _limits(self, timeout_ms: int) -> Limits:
-        """One total timer is enough for a test; the provider has the finer ones."""
+        """One total timer is enough for a test; the provider has the finer ones. Text is given out as it comes, as of a
+        stream, whatever was asked for."""
         total = timeout_ms / 1000 + 1 if timeout_ms else self._timeout_s
-        return Limits(streamed=False, first_token=total, idle=total, total=total, max_bytes=self._max_bytes)
+        return Limits(streamed=True, first_token=total, idle=total, total=total, max_bytes=self._max_bytes)
 
     def _act(self, asked: _Asked, events: Events) -> None:
         for event in events:
@@ -211,7 +212,7 @@ class NatsClient:
                 self._deliver(asked, event)
             elif isinstance(event, Stop):
                 self._cancel(event.instance, asked.ask.reply.stream, event.delivery, event.reason)
-            else:
+            elif not isinstance(event, Discard):  # only a death voids text, and nobody watches for deaths here
                 asked.events.append(event)
                 asked.woken.set()
 

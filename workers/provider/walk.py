@@ -21,6 +21,7 @@ from workers.provider.ended import Ended, Limits
 from workers.provider.exchange import Exchange
 from workers.provider.gate import ORDINARY
 from workers.provider.mux import Channel
+from workers.provider.notwon import not_won
 from workers.provider.order import Tried, remaining
 from workers.provider.settlement import Charge
 
@@ -158,7 +159,7 @@ class Walk:
         elif answer.status in ("refused", "closed") and answer.holder:
             self._channel.refused(answer.holder, answer.delivery)
         else:
-            self._fail(_NOT_WON.get(answer.status, errors.LedgerDown)().body())
+            self._fail(not_won(answer.status, ask.lost).body())
             if answer.status in ("stale", "late"):
                 self._provider.void(message)
         return False
@@ -382,17 +383,6 @@ class Walk:
         provider = self._provider
         took = int((time.perf_counter() - self._began) * 1_000_000)
         return (*self._message.hops, Hop(provider.name, provider.instance, provider.pid, self._at, took))
-
-
-_NOT_WON: Final[dict[str, type[HotpathError]]] = {
-    "denied": errors.InsufficientBudget,
-    "exhausted": errors.UpstreamError,
-    "late": errors.DeadlineExceeded,
-    "stale": errors.LedgerDown,
-    "voided": errors.DeadlineExceeded,
-    "closed": errors.DeadlineExceeded,
-    "missing": errors.DeadlineExceeded,
-}
 
 
 def _wake(future: "asyncio.Future[None]") -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import random
 import secrets
+from functools import partial
 from typing import Any
 
 import orjson
@@ -387,6 +388,31 @@ async def test_a_second_delivery_is_refused_and_a_repeat_is_served_once(valkey_u
         assert (refused.terminal.holder, refused.terminal.holder_delivery) == (rig.ctx.instance, 1)
         assert (await rig.answer(request)).end.summary.output_tokens == 50
         assert len(await rig.bill(request.rid)) == 1
+
+
+async def test_the_lost_workers_call_took_the_budget(valkey_url: str) -> None:
+    """faults 13: the further call does not fit: 502, what happened, not a 402 for a request that was admitted."""
+    async with running(valkey_url) as rig:
+        ledger, now, rid = rig.ctx.state.ledger, rig.ctx.state.clock.now(), secrets.token_hex(16)
+        balances = partial(ledger.balances, tenant="default")
+        used = {level.period: level.settled + level.pending + level.unconfirmed for level in await balances()}
+        await ledger.set_limit(tenant="default", period="lifetime", limit=used["lifetime"] + 1_500_000)
+        await ledger.reserve(
+            tenant="default", rid=rid, delivery=1, amount=1_000_000, deadline=now + 9000, not_after=now + 900
+        )
+        won = await ledger.dispatch(
+            tenant="default", rid=rid, delivery=1, instance="gone", lost="", amount=1_000_000, max_calls=3,
+            not_after=now + 900,
+        )  # fmt: skip
+        assert won.status == "won"
+        again = await rig.send(rid=rid, delivery=2, lost="gone")
+        error = (await rig.answer(again)).failed.error
+        assert (error.status, error.code) == (502, "upstream_worker_lost")
+        assert "budget" in error.message
+        [entry] = await rig.entries(rid)
+        assert (entry.state, entry.instance) == ("unconfirmed", "gone")
+        assert await rig.bill(rid) == []
+        await ledger.set_limit(tenant="default", period="lifetime", limit=None)
 
 
 async def test_a_dispatch_in_doubt_makes_no_call(valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
