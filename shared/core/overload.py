@@ -9,7 +9,7 @@ When is a request shed? Not for its wait alone: a stall of the process (a frozen
 makes everybody wait and ends by itself, and a burst is worked off. That is CoDel's observation (RFC 8289): a queue is
 bad when it *stands*. Here it stands once every request begun in INTERVAL_S, and BURST of them, or every one in BURST_S,
 waited over WAIT_S. From then on those who waited over WAIT_S are shed, until nobody was for PAUSE_S. However large the
-flood is, each turn begins some, for TURN_S: else nobody at all would be begun once refusing takes WAIT_S a turn.
+flood is, each turn begins some (TURN_S, WORK): else nobody at all would be begun once refusing takes WAIT_S a turn.
 """
 
 from typing import Final
@@ -22,8 +22,10 @@ INTERVAL_S: Final = 0.1
 BURST: Final = 1000
 #: ... unless that takes longer than this.
 BURST_S: Final = 1.0
-#: While the queue stands a turn begins requests for this long, whatever they waited.
-TURN_S: Final = 0.005
+#: While the queue stands a turn begins requests for this long, whatever they waited, and for this share of the turn
+#: before: a process that gets half of a core, or a flood, would else only refuse.
+TURN_S: Final = 0.01
+WORK: Final = 0.25
 #: Fewer late ones say nothing: each may have met a stall of its own.
 FEW: Final = 16
 #: Of declined requests that may be delivered again: a share of all, and so many at once. A retry budget, as Finagle's
@@ -42,8 +44,8 @@ class Queue:
     """The queue of one process. All times are seconds of one monotonic clock, which is also the loop's."""
 
     __slots__ = (
-        "_began", "_late", "_late_at", "_late_since", "_polled", "_since", "_standing", "_turn", "_turn_from", "_worst",
-        "shed",
+        "_began", "_late", "_late_at", "_late_since", "_polled", "_since", "_standing", "_turn",
+        "_turn_until", "_worst", "shed",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -54,8 +56,8 @@ class Queue:
         self._late_since = 0.0
         self._late_at = 0.0
         self._standing = False
-        self._turn = 0.0  # while it stands: the poll of the turn being begun, and when its first begin was
-        self._turn_from = 0.0
+        self._turn = 0.0  # while it stands: the poll of the turn being begun, and until when it begins in any case
+        self._turn_until = 0.0
         self._worst = 0.0
         self.shed = 0  # since the start
 
@@ -73,8 +75,8 @@ class Queue:
         if self._standing:
             if self._turn != self._polled:
                 self._turn = self._polled
-                self._turn_from = now
-            if waited > WAIT_S and now - self._turn_from > TURN_S:
+                self._turn_until = now + max(TURN_S, (self._polled - self._since) * WORK)
+            if waited > WAIT_S and now > self._turn_until:
                 self._late_at = now
                 self.shed += 1
                 return False

@@ -102,7 +102,7 @@ def test_a_queue_that_stands_is_shed_and_nobody_begun_waits_longer(over, cost):
     onset = next(each.now for each in seen if not each.begun)
     late = [each for each in seen if each.begun and each.waited > WAIT_S and each.now < onset]
     assert len(late) <= BURST + WAIT_S / cost
-    after = [each for each in seen if each.now > onset + 1.0]  # the backlog of the burst is gone
+    after = [each for each in seen if each.now > onset + 4.0]  # the backlog of the burst is gone
     assert max(each.waited for each in after) <= 1.1 * WAIT_S + cost
     useful = sum(each.begun for each in after) * cost
     refusing = sum(not each.begun for each in after) * SHED_S + len(after) * READ_S
@@ -116,7 +116,8 @@ def test_a_flood_that_cannot_even_be_refused_does_not_stop_the_work(over):
     seen = loop(steady(over / cost, 2.0), cost)
     onset = next(each.now for each in seen if not each.begun)
     after = [each for each in seen if each.now > onset]
-    assert sum(each.begun for each in after) >= 2 * TURN_S / cost
+    worked = sum(each.begun for each in after) * cost
+    assert worked >= 0.05 * (after[-1].now - after[0].now)
 
 
 def test_it_ends_with_the_overload():

@@ -1,10 +1,13 @@
-"""`python -m tests.load http|nats ...`: load on a running Hotpath, with progress, a table at the end, and JSON.
+"""`python -m tests.load http|nats|overload ...`: load on a running Hotpath, with progress, a table, and JSON.
 
     python -m tests.load http --run .hotpath/run.json --requests 2000 --concurrency 64
     python -m tests.load nats --run .hotpath/run.json --tenant ID --key-id ID --seconds 10 --mix whole=1,stream=3
 
+    python -m tests.load overload --run .hotpath/run.json --times 3 --seconds 10
+
 NATS mode publishes as the user `loadgen`, for a synthetic tenant: `hotpath keys create --tenant load --synthetic
 --json` tells the two ids. Exit code 0 when every request ended well or left on purpose, else 1.
+Overload mode has options of its own: `overload --help`.
 
     python -m tests.load slow-reader      one client of 1 KiB/s beside 200 streams
     python -m tests.load stalled          2,000 clients that never read
@@ -27,7 +30,7 @@ import uvloop
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from tests.load import flow, report
+from tests.load import flow, overload, report
 from tests.load.callers import Caller, HttpCaller, NatsCaller
 from tests.load.nats_client import NatsClient
 from tests.load.work import Mix, jobs, parse_weights
@@ -152,6 +155,8 @@ async def run(chosen: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["overload"]:
+        return overload.main(words[1:])
     console = Console(stderr=True)
     if words and words[0] in ("slow-reader", "stalled"):
         return flow.main(words, console)
