@@ -68,6 +68,8 @@ class Ingress:
             door,
             refuse=door.refuse,
             read=door.queue.read,
+            crowded=door.crowded,
+            answer_unparsed=door.answer_unparsed,
             max_connections=settings.max_connections,
             timers=_timers(settings),
             log=logging.getLogger("hotpath.ingress"),

@@ -55,10 +55,10 @@ class Framing:
         self._chunks = 0
         self._size = 0  # bytes of the body that the chunks so far announced
 
-    def feed(self, data: bytes) -> None:
-        """Take the next bytes. Raises BadFraming; nothing may be fed after that."""
+    def feed(self, data: bytes) -> bool:
+        """Take the next bytes; True: they are one whole request. Raises BadFraming; nothing may be fed after that."""
         if self._state == _HEAD and not self._tail and self._whole(data):
-            return
+            return True
         seen = 0  # bytes of `data` that were searched already
         if self._tail:
             seen = len(self._tail)
@@ -79,6 +79,7 @@ class Framing:
                 at += step
                 if not self._left:
                     self._state = _HEAD if state == _BODY else _SIZE
+        return False
 
     @staticmethod
     def _whole(data: bytes) -> bool:

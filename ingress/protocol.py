@@ -168,28 +168,47 @@ class Connection(RequestHandler):
         if self._discard:
             self._throw_away(data)
             return
-        if data:  # aiohttp calls with b"" to go on with what it kept back
-            try:
-                self._framing.feed(data)
-            except BadFraming as error:
-                self._break_off(error)
-                return
+        try:
+            whole = bool(data) and self._framing.feed(data)  # aiohttp calls with b"" to go on with what it kept back
+        except BadFraming as error:
+            self._break_off(error)
+            return
         if self._current_request is None:
             self.since = self._server.read(self._loop.time())
+            if whole and self._server.crowded() and self._turned_away(data):
+                return
         super().data_received(data)
         if self._messages:
-            if self._head_timer is not None:
-                self._stop_head_timer()
-            message, body = self._messages[-1]
-            if isinstance(message, _ErrInfo):
-                if data.startswith(b"PRI ") and not data.startswith(_H2_PREFACE):
-                    never = errors.MethodNotAllowed()
-                    self._messages[-1] = (_ErrInfo(status=never.status, exc=never, message=""), EMPTY_PAYLOAD)
-                self._tell_waiting()
-            else:
-                self._body = body
+            self._parsed(data)
         elif self._head_timer is None and self._waiter is not None and data:
             self._head_timer = self._loop.call_later(self._server.timers.head, self._late)
+
+    def _parsed(self, data: bytes) -> None:
+        """A request, or what could not be one, waits to be handled."""
+        if self._head_timer is not None:
+            self._stop_head_timer()
+        message, body = self._messages[-1]
+        if isinstance(message, _ErrInfo):
+            if data.startswith(b"PRI ") and not data.startswith(_H2_PREFACE):
+                never = errors.MethodNotAllowed()
+                self._messages[-1] = (_ErrInfo(status=never.status, exc=never, message=""), EMPTY_PAYLOAD)
+            self._tell_waiting()
+        else:
+            self._body = body
+
+    def _turned_away(self, data: bytes) -> bool:
+        """Whether this one request was refused without being parsed. Never before another one's answer."""
+        if self._waiter is None or self._waiter.done() or self._messages or self.writing_paused:
+            return False
+        answer = self._server.answer_unparsed(data)
+        if not answer:
+            return False
+        self.write(answer)
+        self._next_keepalive_close_time = self._loop.time() + self._server.timers.idle
+        if self._head_timer is not None:  # the connection's first: aiohttp has no timer for it yet
+            self._head_timer.cancel()
+            self._head_timer = self._loop.call_later(self._server.timers.head, self._late)
+        return True
 
     def _throw_away(self, data: bytes) -> None:
         self._discarded += len(data)
@@ -303,12 +322,15 @@ class Server(web.Server):
 
     def __init__(
         self, handler: Handler, *, refuse: Callable[[errors.HotpathError], Reply], read: Callable[[float], float],
-        max_connections: int, timers: Timers, log: logging.Logger,
+        crowded: Callable[[], bool], answer_unparsed: Callable[[bytes], bytes], max_connections: int, timers: Timers,
+        log: logging.Logger,
     ) -> None:  # fmt: skip
         super().__init__(handler, handler_cancellation=True)
         self.timers = timers
         self._refuse = refuse
         self.read = read  # Queue.read
+        self.crowded = crowded
+        self.answer_unparsed = answer_unparsed
         self._turned_away: set[asyncio.Transport] = set()
         self._sweep_s = min(SWEEP_S, timers.stalled / 4)
         self._max = max_connections

@@ -26,6 +26,8 @@ BURST_S: Final = 1.0
 #: before: a process that gets half of a core, or a flood, would else only refuse.
 TURN_S: Final = 0.01
 WORK: Final = 0.25
+#: While the queue stands, so many requests of a turn are parsed at the least.
+LEAST: Final = 16
 #: Fewer late ones say nothing: each may have met a stall of its own.
 FEW: Final = 16
 #: Of declined requests that may be delivered again: a share of all, and so many at once. A retry budget, as Finagle's
@@ -44,8 +46,8 @@ class Queue:
     """The queue of one process. All times are seconds of one monotonic clock, which is also the loop's."""
 
     __slots__ = (
-        "_began", "_late", "_late_at", "_late_since", "_polled", "_since", "_standing", "_turn",
-        "_turn_until", "_worst", "shed",
+        "_began", "_begun", "_late", "_late_at", "_late_since", "_polled", "_quota", "_read", "_since", "_turn",
+        "_turn_until", "_worst", "shed", "stands",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -55,24 +57,39 @@ class Queue:
         self._late = 0  # begins in a row that waited too long
         self._late_since = 0.0
         self._late_at = 0.0
-        self._standing = False
+        self.stands = False
         self._turn = 0.0  # while it stands: the poll of the turn being begun, and until when it begins in any case
         self._turn_until = 0.0
+        self._begun = 0  # while it stands: begun in this turn, read in it, and how many may be read in it
+        self._read = 0
+        self._quota = 0
         self._worst = 0.0
         self.shed = 0  # since the start
 
     def read(self, polled: float) -> float:
         """A request is read in the turn of the loop that began at `polled`: the earliest moment it can have come."""
         if polled != self._polled:
+            self._quota = max(LEAST, self._begun + self._begun // 4)
+            self._begun = self._read = 0
             self._since = self._polled if polled - self._began < NAP_S else polled
             self._polled = polled
         return self._since
+
+    def turn_is_full(self) -> bool:
+        """Whether the request just read need not even be parsed, while the queue stands: this turn has read a quarter
+        more than the last one could begin. `begin` stays the judge of the others."""
+        self._read += 1
+        if self._read <= self._quota:
+            return False
+        self._late_at = self._polled
+        self.shed += 1
+        return True
 
     def begin(self, since: float, now: float) -> bool:
         """Whether a request that came in after `since` is begun `now`; False: it is shed."""
         self._began = now
         waited = now - since
-        if self._standing:
+        if self.stands:
             if self._turn != self._polled:
                 self._turn = self._polled
                 self._turn_until = now + max(TURN_S, (self._polled - self._since) * WORK)
@@ -80,7 +97,8 @@ class Queue:
                 self._late_at = now
                 self.shed += 1
                 return False
-            self._standing = now - self._late_at < PAUSE_S
+            self._begun += 1
+            self.stands = now - self._late_at < PAUSE_S
         elif waited > WAIT_S:
             self._count(now)
         elif self._late:
@@ -98,7 +116,7 @@ class Queue:
         self._late_at = now
         lasted = now - self._late_since
         if (self._late >= BURST and lasted >= INTERVAL_S) or (self._late >= FEW and lasted >= BURST_S):
-            self._standing = True
+            self.stands = True
             self._late = 0
 
     def worst(self) -> float:

@@ -4,9 +4,11 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import aiohttp
+import pytest
 
 from ingress.middleware import Visit
 from ingress.protocol import Reply
@@ -64,6 +66,109 @@ async def test_refused_before_the_body_is_read(make_world: MakeWorld, http: aioh
     world.script(ask, world.provider)
     assert (await waiting).status == 200
     nothing_left(world)
+
+
+def chat(*fields: bytes, body: bytes = RAW) -> bytes:
+    """One request as most clients write it."""
+    return POST + HOST + AUTH + TYPE + b"".join(fields) + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+
+
+async def heads(reader: asyncio.StreamReader, count: int) -> list[tuple[int, bytes]]:
+    """Status and head of so many answers, bodies read by their length."""
+    got = []
+    for _ in range(count):
+        async with asyncio.timeout(5):
+            head = await reader.readuntil(b"\r\n\r\n")
+            await reader.readexactly(int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]))
+        got.append((int(head[9:12]), head))
+    return got
+
+
+async def full_world(make_world: MakeWorld, http: aiohttp.ClientSession) -> tuple[World, Ask, asyncio.Task[Any]]:
+    """Full with one request that waits."""
+    world = await make_world(MAX_IN_FLIGHT="1", HANDOFF_TIMEOUT_MS="10000")
+    world.deaf = True
+    waiting = asyncio.ensure_future(http.post(world.url + CHAT, json=BODY))
+    return world, await world.ask(), waiting
+
+
+async def test_a_refusal_without_parsing_is_like_any_other(make_world: MakeWorld, http: aiohttp.ClientSession) -> None:
+    """The plainest requests are refused before the parser; the connection serves on, and the label is told."""
+    world, ask, waiting = await full_world(make_world, http)
+    parsed = world.ingress._server.requests_count
+    reader, writer = await asyncio.open_connection("127.0.0.1", world.ingress.port)
+    for fields in ((), (b"x-request-id: mine-1\r\n",), (b"X-Request-ID: mine-1\r\n", b"Accept: */*\r\n")):
+        writer.write(chat(*fields))
+        [(status, head)] = await heads(reader, 1)
+        assert status == 503
+        names = {line.partition(b":")[0] for line in head.split(b"\r\n")[1:-2]}
+        assert names == {b"X-Request-ID", b"X-BR-Request-Id", b"Content-Type", b"Retry-After", b"retry-after-ms",
+                         b"Content-Length", b"Date"}  # fmt: skip
+        assert (b"\r\nX-Request-ID: mine-1\r\n" in head) == bool(fields)
+    assert world.ingress._server.requests_count == parsed
+    assert world.ingress._tally.requests(CHAT, 503) == 3
+    world.script(ask, world.provider)
+    assert (await waiting).status == 200
+    world.deaf = False
+    writer.write(chat())
+    assert (await heads(reader, 1))[0][0] == 200
+    await world.ask()
+    writer.close()
+    nothing_left(world)
+
+
+@pytest.mark.parametrize(
+    ("data", "statuses"),
+    [
+        (chat(b"Connection: close\r\n"), [503]),
+        (chat(b"Expect: 100-continue\r\n"), [503]),
+        (chat(b"X-Request-ID: a b\r\n"), [503]),
+        (chat(b"X-Request-ID: a\r\nX-Request-ID: b\r\n"), [503]),
+        (chat() + chat(), [503, 503]),
+        (chat()[:-5], []),
+        (POST[:-3] + b"0\r\n" + chat()[len(POST) :], [503]),
+        (POST + HOST + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", [503]),
+        (chat(b"Transfer-Encoding: chunked\r\n"), [400]),
+        (chat(b"Content-Length: %d\r\n" % len(RAW)), [400]),
+        (b"GET /health HTTP/1.1\r\n" + HOST + b"Content-Length: 2\r\n\r\n{}", [200]),
+        (b"POST /v1/nothing HTTP/1.1\r\n" + HOST + b"Content-Length: 2\r\n\r\n{}", [404]),
+    ],
+    ids=["close", "expect", "label", "labels", "two", "half", "1.0", "chunked", "both", "lengths", "health", "404"],
+)  # fmt: skip
+async def test_whatever_says_more_goes_by_way_of_the_parser(
+    make_world: MakeWorld, http: aiohttp.ClientSession, data: bytes, statuses: list[int]
+) -> None:
+    """Its rules hold when full as ever: what ends a connection ends it, what cannot be framed is refused as such."""
+    world, ask, waiting = await full_world(make_world, http)
+    parsed = world.ingress._server.requests_count
+    reader, writer = await asyncio.open_connection("127.0.0.1", world.ingress.port)
+    writer.write(data)
+    got = await heads(reader, len(statuses))
+    assert [status for status, _ in got] == statuses
+    assert world.ingress._server.requests_count - parsed == len(statuses)
+    if not statuses:  # the rest comes, and belongs to it
+        writer.write(chat()[-5:])
+        assert (await heads(reader, 1))[0][0] == 503
+    writer.close()
+    world.script(ask, world.provider)
+    assert (await waiting).status == 200
+
+
+async def test_an_answer_under_way_is_never_overtaken(make_world: MakeWorld, http: aiohttp.ClientSession) -> None:
+    """A pipelined request is refused after its predecessor's answer, not before it."""
+    world = await make_world(MAX_IN_FLIGHT="1", HANDOFF_TIMEOUT_MS="10000")
+    world.deaf = True
+    reader, writer = await asyncio.open_connection("127.0.0.1", world.ingress.port)
+    writer.write(chat())
+    ask = await world.ask()
+    writer.write(chat())
+    async with http.post(world.url + CHAT, json=BODY) as answer:  # what was written before it has been read
+        assert answer.status == 503
+    waiting = asyncio.ensure_future(heads(reader, 2))
+    world.deaf = False
+    world.script(ask, world.provider)
+    assert [status for status, _ in await waiting] == [200, 200]
+    writer.close()
 
 
 async def test_91_a_tenants_own_limit(make_world: MakeWorld, http: aiohttp.ClientSession) -> None:
