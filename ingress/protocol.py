@@ -97,20 +97,9 @@ class Connection(RequestHandler):
     """One client connection."""
 
     __slots__ = (
-        "_body",
-        "_discard",
-        "_discarded",
-        "_framing",
-        "_head_timer",
-        "_pieces",
-        "_progress",
-        "_progress_at",
-        "_server",
-        "listener",
-        "since",
-        "waiting",
-        "written",
-    )
+        "_body", "_discard", "_discarded", "_framing", "_head_timer", "_pieces", "_progress",
+        "_progress_at", "_server", "listener", "since", "waiting", "written",
+    )  # fmt: skip
 
     def __init__(self, server: "Server", **options: Any) -> None:
         super().__init__(server, **options)
