@@ -22,7 +22,7 @@ from shared.core.overload import Allowance
 from shared.core.stream import Deliver, Discard, Event, Fail, Finish, Limits, Stop, Stream, Write
 from shared.service.killat import reach, reach_soon
 from shared.wire import errors
-from shared.wire.messages import Admit, Ask, ErrorBody, Frame, Hop, encode
+from shared.wire.messages import Admit, Ask, ErrorBody, Frame, Hop, Unknown, encode
 
 #: Credit is given when this much of a stream's window is free (DESIGN 3: half a window).
 HALF_WINDOW: Final = stream.WINDOW // 2
@@ -159,7 +159,7 @@ class Exchange:
         self.desk.enter(self)
         self._act(self.machine.begin(self.desk.clock(), self.desk.handoff.seconds))
 
-    def frame(self, frame: Frame, sender: str, now: float) -> None:
+    def frame(self, frame: Frame | Unknown, sender: str, now: float) -> None:
         """A frame for this stream."""
         events = self.machine.frame(frame, sender, now)
         if len(events) == 1 and type(event := events[0]) is Write:

@@ -10,13 +10,13 @@ import asyncio
 from collections.abc import Mapping
 from typing import Final
 
-import msgspec
-
 from ingress.deliver import HALF_WINDOW, Desk, Exchange
 from shared.bus.base import Bus, BusUnavailable, Subscription
 from shared.bus.roster import Roster
 from shared.wire import errors, subjects
 from shared.wire.messages import (
+    UNREADABLE,
+    VERSION,
     Accepted,
     Batch,
     Cancel,
@@ -24,9 +24,11 @@ from shared.wire.messages import (
     Delta,
     Failed,
     Frame,
+    Unknown,
     decode_batch,
     decode_frame,
     encode,
+    unknown_frame,
 )
 
 TICK_S: Final = 0.25
@@ -103,10 +105,11 @@ class Replies:
     def _on_batch(self, _subject: str, _reply: str, payload: bytes, _no_responders: bool) -> None:
         try:
             batch = decode_batch(payload)
-        except msgspec.MsgspecError:
+        except UNREADABLE:
             self.bad_batches += 1
             return
-        if subjects.TOKEN.match(batch.instance) is None:  # it becomes part of a subject
+        # the instance becomes part of a subject; a neighbour answers in our version, whatever its own is
+        if batch.v > VERSION + 1 or subjects.TOKEN.match(batch.instance) is None:
             self.bad_batches += 1
             return
         now = self._desk.clock()
@@ -114,11 +117,14 @@ class Replies:
         exchanges = self._desk.exchanges
         told: set[tuple[int, int]] = set()
         for raw in batch.frames:
+            frame: Frame | Unknown | None
             try:
                 frame = decode_frame(raw)
-            except msgspec.MsgspecError:  # a kind that a newer worker knows
+            except UNREADABLE:
                 self.unknown_frames += 1
-                continue
+                frame = unknown_frame(raw)
+                if frame is None:
+                    continue
             exchange = exchanges.get(frame.stream)
             if type(frame) is Failed and frame.error.code in NOT_BEGUN and exchange is not None:
                 if not self._elsewhere(exchange, frame, batch, now):
@@ -150,7 +156,7 @@ class Replies:
         roster.full(batch.instance)
         return roster.pick(now, {batch.instance}) is not None and exchange.declined(frame.delivery, now)
 
-    def _stray(self, frame: Frame, instance: str, told: set[tuple[int, int]]) -> None:
+    def _stray(self, frame: Frame | Unknown, instance: str, told: set[tuple[int, int]]) -> None:
         """A stream that is gone: an Accepted or text for it is answered with cancel, once a batch."""
         self.stray_frames += 1
         key = (frame.stream, frame.delivery)

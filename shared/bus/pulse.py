@@ -15,13 +15,11 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Final
 
-import msgspec
-
 from shared.bus.base import Bus, BusUnavailable, PayloadTooLarge
 from shared.bus.roster import BEAT_S, Roster
 from shared.bus.sender import Sender
 from shared.wire import subjects
-from shared.wire.messages import Beat, decode_beat, encode
+from shared.wire.messages import UNREADABLE, VERSION, Beat, decode_beat, encode
 
 EARLY_BEATS: Final = 20
 EARLY_BEAT_S: Final = 0.1
@@ -151,11 +149,12 @@ class Pulse:
     def _on_beat(self, subject: str, _reply: str, payload: bytes, _no_responders: bool) -> None:
         try:
             beat = decode_beat(payload)
-        except msgspec.MsgspecError:
+        except UNREADABLE:
             self.ignored += 1
             return
-        # The subject says who may have sent it (NATS's allow-lists); the payload must agree.
-        if subject != subjects.beat(beat.role, beat.instance):
+        # The subject says who may have sent it (NATS's allow-lists); the payload must agree. Who is two versions ahead
+        # does not read what we would send it.
+        if subject != subjects.beat(beat.role, beat.instance) or beat.v > VERSION + 1:
             self.ignored += 1
             return
         self._rosters[beat.role].on_beat(beat, time.monotonic())

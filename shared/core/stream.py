@@ -41,7 +41,7 @@ from msgspec import Struct
 
 from shared.core.events import Deliver, Discard, Event, Events, Fail, Finish, Stop, Write
 from shared.wire import errors
-from shared.wire.messages import Accepted, Delta, End, ErrorBody, Failed, Frame, Hop, Refused
+from shared.wire.messages import Accepted, Delta, End, ErrorBody, Failed, Frame, Hop, Refused, Unknown
 
 __all__ = ["Deliver", "Discard", "Event", "Events", "Fail", "Finish", "Limits", "Stop", "Stream", "Write"]
 
@@ -218,7 +218,7 @@ class Stream:
 
     # ---- from the workers ------------------------------------------------------------------------------------------
 
-    def frame(self, frame: Frame, sender: str, now: float) -> Events:
+    def frame(self, frame: Frame | Unknown, sender: str, now: float) -> Events:
         """One frame of this stream, from the instance `sender`."""
         delivery = frame.delivery
         expected = self._expected.get(delivery, 0)
@@ -228,7 +228,7 @@ class Stream:
         if frame.seq > expected and self._gap_matters(standing):
             return self._gap(delivery, sender)
         self._expected[delivery] = frame.seq + 1
-        verb = _TABLE.get((self.state, standing), _STRAY)[type(frame)]
+        verb = _TABLE.get((self.state, standing), _STRAY).get(type(frame), "drop")  # Unknown: only its seq counts
         if verb == "write":
             assert isinstance(frame, Delta)
             return self._write(frame, now)
@@ -242,7 +242,7 @@ class Stream:
         """What a superseded delivery has lost is of no interest."""
         return self.state != DONE and (standing in (_OWNER, _NEWEST) or (self.state == WAITING and standing == _OTHER))
 
-    def _decide(self, verb: str, frame: Frame, sender: str, now: float) -> Events:
+    def _decide(self, verb: str, frame: Frame | Unknown, sender: str, now: float) -> Events:
         """The rarer half of the table: claims and terminals."""
         match frame:
             case Accepted():
@@ -256,7 +256,7 @@ class Stream:
                 return (Finish(frame.summary, frame.hops),)
             case Failed():
                 return self._fail(frame.error, frame.head, frame.hops)
-            case _:  # a Delta never comes here
+            case _:  # neither a Delta nor an Unknown comes here
                 return _NOTHING
 
     def _standing(self, delivery: int) -> int:

@@ -13,8 +13,6 @@ from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from typing import Any, Final, Protocol, TypeVar
 
-import msgspec
-
 from shared.bus.base import Bus, BusUnavailable
 from shared.bus.pulse import Living, Pulse
 from shared.bus.roster import Roster
@@ -27,7 +25,7 @@ from shared.state.redis import State
 from shared.telemetry.log import Log
 from shared.telemetry.metrics import Metrics, MetricsServer
 from shared.wire import subjects
-from shared.wire.messages import decode_control
+from shared.wire.messages import UNREADABLE, decode_control
 
 EXIT_FAULT: Final = 1
 CONNECT_S: Final = 10.0  # how long the first connection is tried
@@ -285,7 +283,7 @@ class Process:
                 return
             try:
                 message = decode_control(payload)
-            except msgspec.MsgspecError:
+            except UNREADABLE:
                 self._foreign += 1
                 return
             role.control(message)

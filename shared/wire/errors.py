@@ -265,6 +265,12 @@ class NoWorker(GatewayFault):
     message = "No worker is available for this request."
 
 
+class NewerVersion(NoWorker):
+    """The envelope is of a version that this build does not read (faults 83)."""
+
+    message = "The worker that got this request is of an older version than what sent it."
+
+
 class LedgerDown(GatewayFault):
     """D4: money fails closed for a tenant with a hard limit."""
 

@@ -4,6 +4,12 @@ Everything is msgpack of the Structs below. Requests, control and beats are maps
 know, so a rolling restart mixes versions); frames are arrays, the tag first (a reader ignores further elements), since
 they are the bulk of the traffic. Times are absolute milliseconds of the shared clock (Redis TIME, DESIGN 3), never of
 a wall clock. Money is integer nano-USD. `deploy/WIRE.md` says the same for writers in other languages.
+
+Versions (faults 83). What a reader may ignore is added without a new number: fields at the end, kinds of frames and of
+control messages. VERSION changes when an older reader must not try: an envelope of a higher one is refused (503). A
+build reads its own version and the one before, and answers in the version it was asked in; `Beat.v` tells what an
+instance reads. So neighbours serve side by side during a rolling restart; beats and batches from two versions ahead are
+ignored and counted.
 """
 
 from typing import Final, Literal
@@ -12,6 +18,10 @@ import msgspec
 from msgspec import Struct
 
 VERSION: Final = 1
+
+#: What a decoder raises for bytes that are not ours: msgspec's own errors are ValueErrors, a tag that is no UTF-8 is a
+#: UnicodeDecodeError, and a field that is skipped may be nested too deep.
+UNREADABLE: Final = (ValueError, RecursionError)
 
 
 class Price(Struct, frozen=True, array_like=True):
@@ -200,7 +210,17 @@ class Failed(Struct, frozen=True, array_like=True, tag="f"):
     hops: tuple[Hop, ...] = ()
 
 
+class Unknown(Struct, frozen=True, array_like=True):
+    """A frame of a kind this build does not know: it counts in its delivery's seq and does nothing else."""
+
+    kind: str
+    stream: int
+    delivery: int
+    seq: int
+
+
 Frame = Accepted | Refused | Delta | End | Failed
+_KINDS: Final = frozenset("ardef")
 
 
 class Batch(Struct, frozen=True, array_like=True):
@@ -288,6 +308,17 @@ decode_route: Final = msgspec.msgpack.Decoder(Route).decode
 decode_call: Final = msgspec.msgpack.Decoder(Call).decode
 decode_batch: Final = msgspec.msgpack.Decoder(Batch).decode
 decode_frame: Final = msgspec.msgpack.Decoder(Accepted | Refused | Delta | End | Failed).decode
+_decode_unknown: Final = msgspec.msgpack.Decoder(Unknown).decode
 decode_control: Final = msgspec.msgpack.Decoder(Cancel | Credit).decode
 decode_beat: Final = msgspec.msgpack.Decoder(Beat).decode
 decode_outcomes: Final = msgspec.msgpack.Decoder(Outcomes).decode
+
+
+def unknown_frame(raw: bytes | msgspec.Raw) -> Unknown | None:
+    """What `decode_frame` could not read, when it is of a kind that a newer build knows; None when it is broken: then
+    its seq stays missing, and a stream with a hole ends with an error."""
+    try:
+        frame = _decode_unknown(raw)
+    except UNREADABLE:
+        return None
+    return None if frame.kind in _KINDS else frame

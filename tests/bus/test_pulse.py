@@ -11,8 +11,9 @@ from shared.bus.pulse import Living, Pulse
 from shared.bus.roster import Roster
 from shared.bus.sender import Sender
 from shared.wire import subjects
-from shared.wire.messages import Beat, decode_beat, encode
+from shared.wire.messages import VERSION, Beat, decode_beat, encode
 from tests.bus.conftest import Seen
+from tests.wire.samples import NOISE, newer
 
 
 def living(bus: MemoryBus, role: str = "guardian", instance: str = "g1") -> Living:
@@ -67,12 +68,15 @@ async def test_beats_fill_the_rosters_if_subject_and_payload_agree() -> None:
     bus.publish(subjects.beat("guardian", "g1"), encode(Beat(role="guardian", instance="g1")))
     bus.publish(subjects.beat("loadgen", "l1"), encode(Beat(role="guardian", instance="g2")))
     bus.publish(subjects.beat("loadgen", "l1"), encode(Beat(role="loadgen", instance="l2")))
-    for garbage in (b"", b"\xc1", b"\x81\xa4role\x01", encode([1])):
+    for garbage in (b"\x81\xa4role\x01", encode([1]), *NOISE):
         bus.publish(subjects.beat("guardian", "g3"), garbage)
+    bus.publish(subjects.beat("guardian", "g3"), encode(Beat(v=VERSION + 2, role="guardian", instance="g3")))
+    bus.publish(subjects.beat("guardian", "g4"), encode(newer(Beat(v=VERSION + 1, role="guardian", instance="g4"))))
     await asyncio.sleep(0)
-    assert [b.instance for b in rosters["guardian"].alive(time.monotonic())] == ["g1"]
+    assert [b.instance for b in rosters["guardian"].alive(time.monotonic())] == ["g1", "g4"]
     assert len(rosters["loadgen"]) == 0
-    assert pulse.ignored == 6
+    assert pulse.ignored == 5 + len(NOISE)
+    assert bus.errors == {}
 
 
 async def test_an_own_stall_is_noticed_and_forgiven_to_others(caplog: pytest.LogCaptureFixture) -> None:

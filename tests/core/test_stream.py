@@ -19,7 +19,7 @@ from shared.core.stream import (
     Write,
 )
 from shared.wire import errors
-from shared.wire.messages import Accepted, Delta, End, Failed, Frame, Refused, Summary
+from shared.wire.messages import Accepted, Delta, End, Failed, Frame, Refused, Summary, Unknown
 
 SUMMARY = Summary(call=1, endpoint="e", model="m", cost=1, input_tokens=1, output_tokens=1)
 HANDOFF = 0.5
@@ -33,7 +33,7 @@ def stream(**limits: object) -> Stream:
     return machine
 
 
-def feed(machine: Stream, *frames: Frame, now: float = 0.1) -> list[Event]:
+def feed(machine: Stream, *frames: Frame | Unknown, now: float = 0.1) -> list[Event]:
     return [event for frame in frames for event in machine.frame(frame, f"p{frame.delivery}", now)]
 
 
@@ -49,6 +49,18 @@ def code(events: object) -> str:
     fails = [event for event in events if isinstance(event, Fail)]  # type: ignore[attr-defined]
     assert len(fails) == 1
     return fails[0].error.code
+
+
+def test_a_frame_of_an_unknown_kind_takes_its_seq_and_does_nothing_else() -> None:
+    """Faults 83: a newer worker may say more than this build knows; a hole is still a hole."""
+    machine = stream()
+    assert feed(machine, Unknown("new", 7, 1, 0), accepted(seq=1), Unknown("new", 7, 1, 2)) == []
+    assert (machine.state, machine.holder) == (HELD, "p1")
+    assert feed(machine, Delta(7, 1, 3, b"a"), Unknown("new", 7, 1, 4), Unknown("new", 7, 1, 4)) == [Write(b"a")]
+    assert feed(machine, Delta(7, 1, 5, b"b")) == [Write(b"b")]
+    assert feed(machine, Unknown("new", 7, 2, 0), Unknown("new", 7, 9, 0)) == []
+    assert code(feed(machine, Unknown("new", 7, 1, 7))) == "stream_gap"
+    assert feed(machine, Unknown("new", 7, 1, 8)) == []
 
 
 def test_a_stream_that_goes_well() -> None:

@@ -11,9 +11,10 @@ import msgspec
 import pytest
 
 from shared.wire import errors, subjects
-from shared.wire.messages import Ask, Batch, Cancel, Credit, encode
+from shared.wire.messages import VERSION, Ask, Batch, Cancel, Credit, encode
 from tests.ingress.conftest import MakeWorld
-from tests.ingress.world import HEAD, KEY, World, event
+from tests.ingress.world import HEAD, KEY, Worker, World, event
+from tests.wire.samples import newer
 
 CHAT = "/v1/chat/completions"
 BODY = {"model": "sim-fast", "messages": [{"role": "user", "content": "hi"}]}
@@ -153,11 +154,55 @@ async def test_frames_of_a_kind_not_known_are_skipped(world: World, http: aiohtt
     reply = subjects.reply("ingress", "in1")
     provider.bus.publish(reply, b"\xc1 not msgpack")
     provider.bus.publish(reply, encode(Batch(1, "provider", "no subject * this", 0, [])))
-    provider.bus.publish(reply, encode(Batch(2, "provider", "p1", 2, frames)))
+    provider.bus.publish(reply, encode(Batch(VERSION + 2, "provider", "p1", 2, frames)))
+    provider.bus.publish(reply, encode(Batch(VERSION + 1, "provider", "p1", 2, frames)))
     async with await posting as answer:
         assert await answer.read() == b"{}"
     assert world.ingress._replies.unknown_frames == 1
-    assert world.ingress._replies.bad_batches == 2
+    assert world.ingress._replies.bad_batches == 3
+
+
+async def test_a_newer_worker_says_more(world: World, http: aiohttp.ClientSession) -> None:
+    """Faults 83: frames of unknown kinds between the others, which take a seq each, and more fields in those known."""
+
+    def script(ask: Ask, worker: Worker) -> None:
+        reply = subjects.reply("ingress", "in1")
+        frames = (
+            unknown(worker, ask), worker.accepted(ask), unknown(worker, ask), worker.delta(ask, event("a"), HEAD),
+            unknown(worker, ask), worker.delta(ask, event("b")), unknown(worker, ask), worker.end(ask),
+        )  # fmt: skip
+        for number, frame in enumerate(frames):
+            raw = encode(newer(frame) if isinstance(frame, msgspec.Struct) else frame)
+            batch = newer(Batch(VERSION, "provider", "p1", number, []))
+            batch[4] = [msgspec.Raw(raw)]
+            worker.bus.publish(reply, encode(batch))
+
+    world.script = script
+    async with http.post(world.url + CHAT, json=STREAM) as answer:
+        assert await answer.read() == event("a") + event("b") + b"data: [DONE]\n\n"
+    assert world.ingress._replies.unknown_frames == 4
+    assert world.ingress._replies.bad_batches == 0
+
+
+def unknown(worker: Worker, ask: Ask) -> list[object]:
+    """A frame of a kind this build does not know."""
+    return ["newer", *worker._seq(ask), {"what": ["ever"]}]
+
+
+@pytest.mark.parametrize("hole", [["d", 7, b"x"], ["d", 7, 1, 1, "text"], b"\xa1d"])
+async def test_a_broken_frame_is_a_hole(world: World, http: aiohttp.ClientSession, hole: object) -> None:
+    """It is skipped like an unknown one, but what follows it cannot end well."""
+
+    def script(ask: Ask, worker: Worker) -> None:
+        worker.send(ask, worker.accepted(ask), worker.delta(ask, event("a"), HEAD))
+        worker._seq(ask)
+        frames = [msgspec.Raw(encode(hole)), msgspec.Raw(encode(worker.end(ask)))]
+        worker.bus.publish(subjects.reply("ingress", "in1"), encode(Batch(VERSION, "provider", "p1", 99, frames)))
+
+    world.script = script
+    async with http.post(world.url + CHAT, json=STREAM) as answer:
+        assert code_of(await answer.read()) == "stream_gap"
+    assert world.ingress._replies.unknown_frames == 1
 
 
 async def test_frames_for_another_stream_do_nothing(world: World, http: aiohttp.ClientSession) -> None:

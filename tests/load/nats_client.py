@@ -240,24 +240,33 @@ class NatsClient:
     # ---- frames --------------------------------------------------------------------------------------------------
 
     def _on_batch(self, _subject: str, _reply: str, payload: bytes, _no_responders: bool) -> None:
-        batch = messages.decode_batch(payload)
+        try:
+            batch = messages.decode_batch(payload)
+        except messages.UNREADABLE:
+            return
         now = asyncio.get_running_loop().time()
         peer = self._peer(batch.instance, now)
         peer.heard = now
         peer.read = max(peer.read, batch.offset)
         for raw in batch.frames:
-            frame = messages.decode_frame(raw)
+            frame: Frame | messages.Unknown | None
+            try:
+                frame = messages.decode_frame(raw)
+            except messages.UNREADABLE:
+                frame = messages.unknown_frame(raw)
+                if frame is None:
+                    continue
             asked = self._asked.get(frame.stream)
             if asked is None:
                 self._stray(frame, batch.instance)
                 continue
-            if asked.record is not None:
+            if asked.record is not None and not isinstance(frame, messages.Unknown):
                 asked.record.append(frame)
             self._act(asked, asked.stream.frame(frame, batch.instance, now))
         if peer.read - peer.credited >= PAIR_WINDOW // 2:
             self._credit(peer)
 
-    def _stray(self, frame: Frame, sender: str) -> None:
+    def _stray(self, frame: Frame | messages.Unknown, sender: str) -> None:
         """A frame of a stream that is over: whoever still works for it is told to stop, once."""
         key = (frame.stream, frame.delivery)
         if key in self._gone or not isinstance(frame, messages.Accepted | messages.Delta):

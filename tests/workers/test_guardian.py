@@ -15,7 +15,8 @@ from shared.core import pricing, tokens
 from shared.core.overload import Shares
 from shared.state.base import Reserved
 from shared.wire import headers
-from shared.wire.messages import Admit, Hop, ReplyTo, decode_admit, decode_route, encode
+from shared.wire.messages import UNREADABLE, VERSION, Admit, Hop, ReplyTo, decode_admit, decode_route, encode
+from tests.wire.samples import NOISE, newer
 from tests.workers.guardian_rig import Rig, admit, ask, running, standing, without_redis
 from workers.guardian import admit as admit_room
 from workers.guardian import envelope
@@ -433,6 +434,26 @@ async def test_what_cannot_be_answered_is_dropped_and_counted(rig, caplog):
     assert caplog.text.count("could not be read") == 1
 
 
+async def test_a_version_too_new_is_refused(rig):
+    """Faults 83: 503, nothing reserved, by both doors; what is only added to a message is ignored."""
+    owner = await tenant(rig, synthetic=True)
+    rig.to_role(admit(ask(*owner, v=VERSION + 1)))
+    rig.direct(admit(direct(owner, v=VERSION + 1)))
+    for _ in range(2):
+        failed = (await rig.next_failed()).error
+        assert (failed.status, failed.code) == (503, "no_worker")
+    assert await rig.ctx.state.ledger.entries(tenant=owner[0]) == []
+    rig.to_role(encode(newer(Admit(ask=ask(*owner)))))
+    assert decode_route(await rig.next_forwarded()).ask.tenant == owner[0]
+    for noise in NOISE:
+        rig.to_role(noise)
+        rig.direct(noise)
+    rig.to_role(admit(ask(*owner)))
+    await rig.next_forwarded()
+    assert rig.role._refusals.unreadable == 2 * len(NOISE)
+    assert rig.ctx.bus.errors == {}
+
+
 async def test_a_direct_publishers_hops_are_bounded(rig):
     owner = await tenant(rig, synthetic=True)
     good = (Hop("loadgen", "asker", 1, 1),)
@@ -451,6 +472,6 @@ def test_no_bytes_make_the_decoder_raise_what_is_not_caught(noise, data):
     for payload in (noise, bytes(message)):
         try:
             request = decode_admit(payload).ask
-        except admit_room.UNREADABLE:
+        except UNREADABLE:
             continue
         envelope.is_sane(request)

@@ -13,8 +13,21 @@ from msgspec import Struct
 
 from shared.state.base import StateUnavailable
 from shared.wire import headers, subjects
-from shared.wire.messages import Admission, Hop, Outcome, Outcomes, Price, ReplyTo, Route, Step, decode_call, encode
+from shared.wire.messages import (
+    VERSION,
+    Admission,
+    Hop,
+    Outcome,
+    Outcomes,
+    Price,
+    ReplyTo,
+    Route,
+    Step,
+    decode_call,
+    encode,
+)
 from tests.state.rig import age_circuit
+from tests.wire.samples import NOISE, newer
 from tests.workers.guardian_rig import WAIT_S, Rig, ask, running, standing, without_redis
 from workers.routing import learn
 from workers.routing.route import Routing
@@ -149,15 +162,30 @@ async def test_a_model_it_does_not_know_is_404(rig):
 
 
 async def test_garbage_is_dropped_and_counted(rig):
-    for payload in (b"", b"\xff" * 9, b"\x91" * 5000):
+    for payload in (*NOISE, b"\xff" * 9):
         rig.to_role(payload)
         rig.outside.publish(subjects.OUTCOME, payload)
     rig.ctx.rosters["provider"].dead("next")
     rig.to_role(route(reply=ReplyTo("ingress", "y z", 1)))  # what it says about this one has nowhere to go
     rig.to_role(route())
     await rig.next_failed()
-    assert rig.role._refusals.unreadable == 4
-    assert rig.role._learner.lost == 3
+    assert rig.role._refusals.unreadable == len(NOISE) + 2
+    assert rig.role._learner.lost == len(NOISE) + 1
+    assert rig.ctx.bus.errors == {}
+
+
+async def test_a_version_too_new_is_refused(rig):
+    """Faults 83: 503 and the reservation given back; what is only added to a message is ignored."""
+    away = without_redis(rig)
+    rig.to_role(route(v=VERSION + 1))
+    failed = (await rig.next_failed()).error
+    assert (failed.status, failed.code) == (503, "no_worker")
+    await asyncio.sleep(0)
+    assert set(away.calls) == {"void"}
+    rig.outside.publish(subjects.OUTCOME, encode(Outcomes(v=VERSION + 1, calls=(Outcome("one", ok=False),))))
+    rig.to_role(encode(newer(Route(ask=ask("t", "k"), admission=admission(), hops=(Hop("guardian", "g", 1, 1),)))))
+    assert decode_call(await rig.next_forwarded()).hops[0] == Hop("guardian", "g", 1, 1)
+    assert rig.role._learner.lost == 1
 
 
 async def test_outcomes_of_unknown_endpoints_touch_nothing(rig):

@@ -33,6 +33,7 @@ from shared.wire.errors import (
     InsufficientBudget,
     LedgerDown,
     ModelNotFound,
+    NewerVersion,
     NoWorker,
     Overloaded,
     RegistryDown,
@@ -41,7 +42,7 @@ from shared.wire.errors import (
     Unauthorized,
     quote,
 )
-from shared.wire.messages import Admission, Ask, Cancel, Credit, Hop, Route, decode_admit, encode
+from shared.wire.messages import UNREADABLE, VERSION, Admission, Ask, Cancel, Credit, Hop, Route, decode_admit, encode
 from workers.guardian import envelope
 from workers.guardian.assess import assess, assess_blind
 
@@ -50,9 +51,6 @@ if TYPE_CHECKING:
 
 RESERVE_MS: Final = 100  # a reserve that runs later than this is refused by the ledger (DESIGN 4)
 SWEEP_S: Final = 1.0  # expired leases of idle tenants (I3: lease + 5 s)
-
-#: What a decoder may raise for bytes that are not ours; RecursionError for deep nesting in a field it skips.
-UNREADABLE: Final = (msgspec.MsgspecError, ValueError, RecursionError)
 
 
 class _Pending(Struct, kw_only=True):
@@ -150,6 +148,9 @@ class Guardian:
             self._refusals.fail(
                 ask, LedgerDown("The budget ledger has not been reachable since this guardian started."), hops
             )
+            return
+        if ask.v > VERSION:
+            self._refusals.fail(ask, NewerVersion(), hops)
             return
         if len(self._tasks) >= self.capacity:
             self._refusals.fail(ask, Overloaded(), hops)

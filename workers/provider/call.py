@@ -4,7 +4,6 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-import msgspec
 from msgspec import Struct
 
 from shared.bus.base import BadSubject, BusUnavailable, PayloadTooLarge, Subscription
@@ -18,7 +17,7 @@ from shared.state.base import Clock, StateUnavailable
 from shared.state.behind import Behind, Settle
 from shared.wire import errors, subjects
 from shared.wire.errors import HotpathError
-from shared.wire.messages import Call, Cancel, Credit, Step, decode_call
+from shared.wire.messages import UNREADABLE, VERSION, Call, Cancel, Credit, Step, decode_call
 from workers.provider.control import Control
 from workers.provider.ended import Ended
 from workers.provider.gate import Gate
@@ -179,7 +178,7 @@ class Provider:
         reach("provider.on_message")
         try:
             message = decode_call(payload)
-        except msgspec.DecodeError:
+        except UNREADABLE:
             self._ignored.inc()
             return
         since = self.queue.read(self.loop.time())
@@ -215,6 +214,9 @@ class Provider:
             self._take(message, time.monotonic())
 
     def _take(self, message: Call, since: float) -> None:
+        if message.ask.v > VERSION:
+            self._refuse(message, errors.NewerVersion())
+            return
         if self._draining or len(self._walks) >= self.capacity:
             self._refuse(message, errors.ShuttingDown() if self._draining else errors.Overloaded())
             return

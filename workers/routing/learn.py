@@ -10,22 +10,19 @@ from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-import msgspec
-
 from shared.bus.base import BusUnavailable, Subscription
 from shared.core.circuit import Event, state
 from shared.service.killat import reach
 from shared.state import keys
 from shared.state.base import StateUnavailable
 from shared.wire import subjects
-from shared.wire.messages import Outcome, Outcomes, decode_outcomes
+from shared.wire.messages import UNREADABLE, VERSION, Outcome, Outcomes, decode_outcomes
 
 if TYPE_CHECKING:
     from shared.service import Context
 
 MAX_WAITING: Final = 1000  # batches; a provider sends some per second
 COMPLAIN_S: Final = 5.0  # at most one log line about lost or unreadable batches in this time
-_UNREADABLE: Final = (msgspec.MsgspecError, ValueError, RecursionError)
 
 
 Events = list[tuple[Event, str]]
@@ -97,7 +94,9 @@ class Learner:
     def _on_outcomes(self, _subject: str, _reply: str, payload: bytes, _no_responders: bool) -> None:
         try:
             outcomes = decode_outcomes(payload)
-        except _UNREADABLE:
+        except UNREADABLE:
+            outcomes = None
+        if outcomes is None or outcomes.v > VERSION:
             self._lose(1)
             return
         batch = by_endpoint(outcomes, self._known)

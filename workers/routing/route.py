@@ -9,8 +9,6 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-import msgspec
-
 from shared.bus import replies
 from shared.bus.base import BusUnavailable, PayloadTooLarge, Subscription
 from shared.bus.sender import NoLiveInstance
@@ -20,16 +18,23 @@ from shared.core.plan import make_plan, soonest
 from shared.service.killat import reach, reach_soon
 from shared.state.behind import Behind
 from shared.wire import subjects
-from shared.wire.errors import BusDown, CircuitOpen, HotpathError, ModelNotFound, NoWorker, Overloaded, TooLarge, quote
-from shared.wire.messages import Call, Cancel, Credit, Hop, Plan, Route, decode_route, encode
+from shared.wire.errors import (
+    BusDown,
+    CircuitOpen,
+    HotpathError,
+    ModelNotFound,
+    NewerVersion,
+    NoWorker,
+    Overloaded,
+    TooLarge,
+    quote,
+)
+from shared.wire.messages import UNREADABLE, VERSION, Call, Cancel, Credit, Hop, Plan, Route, decode_route, encode
 from workers.routing.learn import Learner
 from workers.routing.turns import Turns
 
 if TYPE_CHECKING:
     from shared.service import Context
-
-#: What a decoder may raise for bytes that are not ours; RecursionError for deep nesting in a field it skips.
-UNREADABLE: Final = (msgspec.MsgspecError, ValueError, RecursionError)
 _NOBODY: Final[frozenset[str]] = frozenset()
 
 
@@ -91,6 +96,8 @@ class Routing:
         try:
             if not self._queue.begin(since, time.monotonic()):
                 raise Overloaded
+            if route.ask.v > VERSION:
+                raise NewerVersion
             plan = self._plan(route, at)
         except HotpathError as exc:
             self._give_up(route, self._hops(route, at, began), exc)

@@ -14,7 +14,8 @@ from shared.core.stream import WINDOW
 from shared.state.base import StateUnavailable
 from shared.wire import headers
 from shared.wire.errors import LedgerDown
-from shared.wire.messages import Accepted, Admission, Call, Delta, Plan, Price, Refused, Step
+from shared.wire.messages import VERSION, Accepted, Admission, Call, Delta, Plan, Price, Refused, Step
+from tests.wire.samples import NOISE
 from tests.workers.guardian_rig import standing
 from tests.workers.provider.rig import running
 
@@ -502,6 +503,7 @@ async def test_an_unreserved_call_is_not_fenced_but_billed(valkey_url: str) -> N
     ("fields", "env", "code"),
     [
         ({"key": "revoked00000"}, {}, "invalid_api_key"),
+        ({"v": VERSION + 1}, {}, "no_worker"),
         ({}, {"MAX_IN_FLIGHT": "1"}, "overloaded"),
         ({}, {"MAX_IN_FLIGHT_PER_TENANT": "1"}, "rate_limit_exceeded"),
         ({}, {}, "overloaded"),
@@ -550,8 +552,9 @@ async def test_a_passed_deadline_is_refused_by_the_dispatch(valkey_url: str) -> 
 
 async def test_junk_on_the_subject_is_ignored(valkey_url: str) -> None:
     async with running(valkey_url) as rig:
-        for payload in (b"", b"\xff", b"\x81\xa4kind\xa5admit"):
+        for payload in (*NOISE, b"\x81\xa4kind\xa5admit"):
             rig.outside.publish(f"hotpath.v1.provider.{rig.ctx.instance}", payload)
+            rig.outside.publish(f"hotpath.v1.control.{rig.ctx.instance}", payload)
         assert (await rig.answer(await rig.send("[[sim chunks=1]]"))).end
 
 
