@@ -75,20 +75,21 @@ class Load:
 
     async def one(self, number: int, chunks: int, **options: Any) -> None:
         """One request, by turns to either ingress with either key."""
-        sim = {name: options.pop(name) for name in ("pace",) if name in options}
+        sim = {name: options.pop(name) for name in ("pace", "delay_ms") if name in options}
         text = prompt(chunks, **sim)
         seen = await self.clients[number % len(self.clients)].chat(text, **options)
         self.asked.append(Asked(prompt=text, seen=seen))
 
     async def stage(self) -> None:
-        """Whole, streamed, with tools, with a fallback, longer than a window, longer than a life sign, left, direct."""
+        """Whole, streamed, with a fallback, longer than a window, left, direct, and a silent one."""
         self.sim.fault(match={"endpoint": "sim"}, times=4, status=500)
         work = [self.one(number, 1 + number % 40, stream=bool(number // 4 % 2)) for number in range(32)]
         work += [self.one(number, 1500, stream=True) for number in range(4)]
-        work += [self.one(number, 100, pace=22, stream=True) for number in range(4)]
         work += [self.one(number, 400, pace=5, stream=True, leave_at=3000) for number in range(4)]
         await asyncio.gather(*work, *(self.directly(number) for number in range(2)))
         self.sim.clear_faults()
+        # nobody says anything for longer than 1.5 s: only the answer to "are you there?" tells that the provider lives
+        await asyncio.gather(*(self.one(number, 5, delay_ms=1900, stream=True) for number in range(4)))
 
     async def directly(self, number: int) -> None:
         """As a direct publisher."""

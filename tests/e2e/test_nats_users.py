@@ -5,6 +5,7 @@ import json
 import secrets
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -219,3 +220,23 @@ def redis_keys(up: Up) -> list[str]:
     """Every key."""
     with Redis.from_url(up.run["redis_url"], decode_responses=True) as redis:
         return [*redis.scan_iter()]
+
+
+def test_several_roles_in_one_process(tmp_path: Path) -> None:
+    """WORKER_ROLES: one connection per user, each watching what only its own user may; nothing is refused."""
+    procfile = tmp_path / "Procfile"
+    procfile.write_text("ingress: python -m ingress\nworkers: python -m workers\n")
+    env = {"WORKER_ROLES": "guardian,routing,provider"}
+    with Up(tmp_path / "data", "--procfile", str(procfile), env=env) as one:
+        body = json.dumps(
+            {"model": "sim-fast", "messages": [{"role": "user", "content": "x"}], "stream": True}
+        ).encode()
+        headers = {"Authorization": f"Bearer {one.run['api_key']}", "Content-Type": "application/json"}
+        request = urllib.request.Request(f"{one.url}/v1/chat/completions", json.dumps(asked).encode(), headers)
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            assert answer.read().endswith(b"data: [DONE]\n\n")
+        one.cli("keys", "create", "--tenant", "somebody")
+        errors = bus_errors(one)
+        assert len(set(errors)) == 4  # four roles, two processes
+        assert set(errors.values()) == {0.0}, errors
+        assert "iolation" not in (one.data / "logs" / "nats.log").read_text()
