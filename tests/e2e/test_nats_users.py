@@ -228,9 +228,7 @@ def test_several_roles_in_one_process(tmp_path: Path) -> None:
     procfile.write_text("ingress: python -m ingress\nworkers: python -m workers\n")
     env = {"WORKER_ROLES": "guardian,routing,provider"}
     with Up(tmp_path / "data", "--procfile", str(procfile), env=env) as one:
-        body = json.dumps(
-            {"model": "sim-fast", "messages": [{"role": "user", "content": "x"}], "stream": True}
-        ).encode()
+        asked = {"model": "sim-fast", "messages": [{"role": "user", "content": "x"}], "stream": True}
         headers = {"Authorization": f"Bearer {one.run['api_key']}", "Content-Type": "application/json"}
         request = urllib.request.Request(f"{one.url}/v1/chat/completions", json.dumps(asked).encode(), headers)
         with urllib.request.urlopen(request, timeout=10) as answer:

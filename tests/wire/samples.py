@@ -46,7 +46,9 @@ SAMPLES: Final[dict[str, tuple[Struct, ...]]] = {
     "decode_beat": (
         m.Beat(role="guardian", instance="g1", pid=1, in_flight=2, capacity=3, draining=True, metrics="http://x/metrics"),
     ),
-    "decode_outcomes": (m.Outcomes(calls=(m.Outcome("one", ok=True), m.Outcome("two", ok=False, probe="x", verdict=False))),),
+    "decode_outcomes": (
+        m.Outcomes(calls=(m.Outcome("one", ok=True), m.Outcome("two", ok=False, probe="x", verdict=False))),
+    ),
 }  # fmt: skip
 
 _DEEP: Final = b"\x91" * 5000 + b"\xc0"  # arrays within arrays
