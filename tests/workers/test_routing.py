@@ -179,7 +179,7 @@ async def test_a_version_too_new_is_refused(rig):
     rig.to_role(encode(Route(ask=ask("newer", "k", v=VERSION + 1), admission=admission(), hops=())))
     failed = (await rig.next_failed()).error
     assert (failed.status, failed.code) == (503, "no_worker")
-    await rig.role._voids.drain(WAIT_S)
+    await rig.role._behind.drain(WAIT_S)
     assert {entry.state for entry in await rig.ctx.state.ledger.entries(tenant="newer")} == {"voided"}
     rig.outside.publish(subjects.OUTCOME, encode(Outcomes(v=VERSION + 1, calls=(Outcome("one", ok=False),))))
     rig.to_role(encode(newer(Route(ask=ask("t", "k"), admission=admission(), hops=(Hop("guardian", "g", 1, 1),)))))
