@@ -13,7 +13,7 @@ from ingress.chat import Chat, Rules
 from ingress.deliver import Desk, Handoff
 from ingress.health import Health
 from ingress.leave import Leaving, Times
-from ingress.listener import Listener
+from ingress.listener import Listener, allow_connections
 from ingress.middleware import Door, Visit
 from ingress.models import PREFIX, Models
 from ingress.protocol import Reply, Server, Timers
@@ -70,13 +70,22 @@ class Ingress:
             read=door.queue.read,
             crowded=door.crowded,
             answer_unparsed=door.answer_unparsed,
-            max_connections=settings.max_connections,
+            max_connections=self._connections(settings.max_connections),
             timers=_timers(settings),
             log=logging.getLogger("hotpath.ingress"),
         )
         self._listener = Listener(settings)
         await self._listener.start(self._server)
         self.port = self._listener.port
+
+    def _connections(self, wanted: int) -> int:
+        """So many as there are descriptors for: above them nothing could be accepted, and nobody be told so."""
+        bound = allow_connections(wanted)
+        if bound < wanted:
+            self._ctx.log.warning(
+                "MAX_CONNECTIONS is above the limit of open files (ulimit -n)", extra={"bound": bound}
+            )
+        return bound
 
     def _make_desk(self, ctx: Context) -> Desk:
         loop = asyncio.get_running_loop()

@@ -14,6 +14,7 @@ everything in the queue is taken before the close.
 
 import asyncio
 import ctypes
+import resource
 import socket
 import struct
 import sys
@@ -44,7 +45,21 @@ _NO_SYN: Final = b"".join(
     )
 )
 
+#: Descriptors of everything but clients: NATS, Redis, the metrics server, connections that are turned away.
+OTHER_FILES: Final = 256
+
 Protocol = Callable[[], asyncio.Protocol]
+
+
+def allow_connections(wanted: int) -> int:
+    """Raise this process's limit of open files as far as `wanted` client connections need and the system allows; how
+    many they may be (faults 87). Shells start programs with 1024 files, whatever the system allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    endless = resource.RLIM_INFINITY
+    if soft != endless and soft < wanted + OTHER_FILES:
+        soft = wanted + OTHER_FILES if hard == endless else min(wanted + OTHER_FILES, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return wanted if soft == endless else max(1, min(wanted, soft - OTHER_FILES))
 
 
 class Listener:

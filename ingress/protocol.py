@@ -9,6 +9,8 @@ leaves it waiting).
 
 import asyncio
 import logging
+import socket
+import struct
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, Protocol, cast
 
@@ -27,6 +29,7 @@ SWEEP_S: Final = 5.0
 #: How long an unread body is read and thrown away, so that the client sees our answer instead of a reset.
 LINGER_S: Final = 1.0
 LINGER_BYTES: Final = 4 * 1024 * 1024
+_NO_LINGER: Final = struct.pack("ii", 1, 0)
 #: Connections above the bound that are told so and lingered on; the others of a flood are closed at once.
 MAX_TURNED_AWAY: Final = 128
 #: What the transport may hold that the kernel does not take. Beyond it the bytes wait here: a chunk of 300 bytes that
@@ -141,6 +144,7 @@ class Connection(RequestHandler):
         transport = cast("asyncio.Transport", transport)  # uvloop's is one, but does not say so
         if self._server.full():
             self._discard = self._force_close = True
+            self.transport = transport
             self._server.turn_away(transport)
             return
         super().connection_made(transport)
@@ -150,6 +154,8 @@ class Connection(RequestHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         """Stop the timer; aiohttp cancels the handler, which is how an exchange learns of it."""
         self._stop_head_timer()
+        if self.transport is not None:
+            self._server.turned_away.discard(self.transport)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -320,7 +326,7 @@ class Server(web.Server):
         self.read = read  # Queue.read
         self.crowded = crowded
         self.answer_unparsed = answer_unparsed
-        self._turned_away: set[asyncio.Transport] = set()
+        self.turned_away: set[asyncio.Transport] = set()
         self._sweep_s = min(SWEEP_S, timers.stalled / 4)
         self._max = max_connections
         self._log = log
@@ -341,15 +347,15 @@ class Server(web.Server):
         """Tell a connection above the bound so. A close with its request unread would be a reset, so the end waits a
         moment, for as many as that is cheap for."""
         transport.write(self._refuse(errors.Overloaded()).data)
-        if len(self._turned_away) >= MAX_TURNED_AWAY:
+        if len(self.turned_away) >= MAX_TURNED_AWAY:
             transport.close()
             return
         transport.write_eof()
-        self._turned_away.add(transport)
+        self.turned_away.add(transport)
         self._loop.call_later(LINGER_S, self._close_turned_away, transport)
 
     def _close_turned_away(self, transport: asyncio.Transport) -> None:
-        self._turned_away.discard(transport)
+        self.turned_away.discard(transport)
         transport.close()
 
     def refuse(self, status: int, exc: BaseException | None) -> Reply:
@@ -367,7 +373,7 @@ class Server(web.Server):
         now = self._loop.time()
         for connection, transport in list(self._connections.items()):
             if isinstance(connection, Connection) and connection.stalled(now):
-                transport.abort()
+                _reset(transport)
         self._sweeper = self._loop.call_later(self._sweep_s, self._sweep)
 
     def busy(self) -> bool:
@@ -383,9 +389,18 @@ class Server(web.Server):
     async def shutdown(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - aiohttp's signature
         """Close every connection."""
         self._sweeper.cancel()
-        for transport in self._turned_away:
+        for transport in self.turned_away:
             transport.abort()
         await super().shutdown(timeout)
+
+
+def _reset(transport: asyncio.Transport) -> None:
+    """Cut it so that the kernel lets go of it, too: a plain close leaves what it holds for a client that takes nothing
+    (256 KiB) to its own retries, which go on for a quarter of an hour."""
+    sock = transport.get_extra_info("socket")
+    if sock is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+    transport.abort()
 
 
 def _masked(exc: BaseException | None) -> Any:

@@ -40,6 +40,7 @@ class Plan:
     redis_url: str
     simulator_url: str | None
     api_key: str
+    api_key_given: bool  # by the environment: then it is the operator's secret, not a demo key to be shown
     admin_key: str
     data: Path
 
@@ -131,7 +132,8 @@ def plan(
     result = Plan(
         url=url_of(host, port), nats_url=env.get("NATS_URL", ""), redis_url=env.get("REDIS_URL", ""),
         loadgen_nats_url=env.get("NATS_URL_LOADGEN") or env.get("NATS_URL", ""),
-        simulator_url=None, api_key=secrets["GATEWAY_API_KEY"], admin_key=secrets["ADMIN_API_KEY"], data=data,
+        simulator_url=None, api_key=secrets["GATEWAY_API_KEY"], api_key_given="GATEWAY_API_KEY" in env,
+        admin_key=secrets["ADMIN_API_KEY"], data=data,
     )  # fmt: skip
     if not result.nats_url:
         own |= _add_nats(result, env, secrets, settings)

@@ -237,3 +237,13 @@ def test_the_banner_names_a_model_that_is_served() -> None:
     line = banner.curl("http://x", "key", model)
     words = subprocess.run(["sh", "-c", f"curl() {{ printf '%s\\n' \"$@\"; }}; {line}"], capture_output=True, text=True)  # noqa: PLW1510
     assert json.loads(words.stdout.splitlines()[-1])["model"] == model
+
+
+def test_the_banner_of_a_given_key_takes_it_from_the_environment() -> None:
+    """I9: an operator's key is not printed, and the line still works as pasted."""
+    line = banner.curl("http://x", f"${banner.VARIABLE}", "m")
+    script = f"curl() {{ printf '%s\\n' \"$@\"; }}; {line}"
+    words = subprocess.run(
+        ["sh", "-c", script], env={banner.VARIABLE: "k-1"}, capture_output=True, text=True, check=True
+    )
+    assert "Authorization: Bearer k-1" in words.stdout.splitlines()

@@ -30,8 +30,9 @@ from tests.e2e.sinks import Sinks
 KEY = "@KEY@"
 #: In every prompt that no upstream may see.
 PROMPT = "canary-prompt-5d41402abc4b"
-#: Set in the environment, so that the test knows them; the others are generated.
+#: Set in the environment, so that they are canaries; the passwords of NATS and Redis are generated.
 SECRETS = {
+    "GATEWAY_API_KEY": "canary-gateway-0123456789abcdef0123456789",
     "KEY_PEPPER": "canary-pepper-0123456789abcdef0123456789",
     "ADMIN_API_KEY": "canary-admin-0123456789abcdef0123456789ab",
     "DOOR_PROVIDER_KEY": "canary-provider-0123456789abcdef01234567",
@@ -168,8 +169,9 @@ class Door:
         self.sim = sim
         self.echo = echo
         self.url = up.url
-        self.key = up.run["api_key"]
-        self.sinks = Sinks(up, [*SECRETS.values(), *_generated(up.data)])
+        self.tenant = "door"
+        self.key: str = up.cli("keys", "create", "--tenant", self.tenant)["key"]
+        self.sinks = Sinks(up, [self.key, *SECRETS.values(), *_generated(up.data)])
 
     async def send(self, data: bytes, **how: Any) -> Answer:
         """These bytes, the key put in; what comes back holds no secret."""
@@ -209,7 +211,7 @@ class Door:
             assert (await client.chat("[[sim chunks=2]]")).ended_well
             made = (await asyncio.to_thread(self.sim.stats))["calls"]
             assert made == neighbours.begun + 1 + calls, f"{made} upstream calls, not {neighbours.begun + 1 + calls}"
-            pending = (await asyncio.to_thread(settled_level, self.up, "default", 3))["pending"]
+            pending = (await asyncio.to_thread(settled_level, self.up, self.tenant, 3))["pending"]
             assert pending == 0, "a reservation is left"
             assert watch.seen, "the watcher saw nothing at all"
             assert not watch.strange, watch.strange
@@ -282,6 +284,6 @@ def catalogue(sim_url: str, echo_url: str) -> str:
 
 
 def _generated(data: Path) -> list[str]:
-    """The secrets that `hotpath up` made: the demo key, the passwords of NATS and Redis."""
+    """The secrets that `hotpath up` made: the passwords of NATS and Redis."""
     lines = [line for line in (data / "secrets.env").read_text().splitlines() if line and not line.startswith("#")]
     return [line.partition("=")[2] for line in lines]
