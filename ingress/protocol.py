@@ -292,6 +292,8 @@ class Connection(RequestHandler):
         """Refuse in our shape. `message` holds the client's bytes: neither shown nor logged."""
         if self.listener is not None:  # an answer has begun: all that is left is to cut it
             raise ConnectionResetError("failed while streaming")
+        if isinstance(exc, ConnectionError):  # the client left between two steps: nobody's fault, nobody to tell
+            raise exc
         return self._server.refuse(status, exc)
 
     def log_exception(self, *args: Any, **more: Any) -> None:
