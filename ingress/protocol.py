@@ -9,8 +9,6 @@ leaves it waiting).
 
 import asyncio
 import logging
-import socket
-import struct
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, Protocol, cast
 
@@ -29,7 +27,6 @@ SWEEP_S: Final = 5.0
 #: How long an unread body is read and thrown away, so that the client sees our answer instead of a reset.
 LINGER_S: Final = 1.0
 LINGER_BYTES: Final = 4 * 1024 * 1024
-_NO_LINGER: Final = struct.pack("ii", 1, 0)
 #: Connections above the bound that are told so and lingered on; the others of a flood are closed at once.
 MAX_TURNED_AWAY: Final = 128
 #: What the transport may hold that the kernel does not take. Beyond it the bytes wait here: a chunk of 300 bytes that
@@ -375,7 +372,7 @@ class Server(web.Server):
         now = self._loop.time()
         for connection, transport in list(self._connections.items()):
             if isinstance(connection, Connection) and connection.stalled(now):
-                _reset(transport)
+                kernel.reset(transport)
         self._sweeper = self._loop.call_later(self._sweep_s, self._sweep)
 
     def busy(self) -> bool:
@@ -394,15 +391,6 @@ class Server(web.Server):
         for transport in self.turned_away:
             transport.abort()
         await super().shutdown(timeout)
-
-
-def _reset(transport: asyncio.Transport) -> None:
-    """Cut it so that the kernel lets go of it, too: a plain close leaves what it holds for a client that takes nothing
-    (256 KiB) to its own retries, which go on for a quarter of an hour."""
-    sock = transport.get_extra_info("socket")
-    if sock is not None:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
-    transport.abort()
 
 
 def _masked(exc: BaseException | None) -> Any:

@@ -4,8 +4,8 @@
 
 A Hotpath of its own; one kept-alive connection asks with keys of which the id and the first n characters of the secret
 are right, in random order. Every answer must be 401. Shown: the mean of the fastest nine tenths for each n, and the
-slope in ns per right character with its standard error. A comparison that stops at the first wrong character would show a
-positive slope with a standard error far below it; exit code 1 when the slope is above four of them.
+slope in ns per right character with its standard error. A comparison that stops at the first wrong character would show
+a positive slope with a standard error far below it; exit code 1 when the slope is above four of them.
 """
 
 import argparse

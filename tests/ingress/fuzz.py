@@ -2,8 +2,8 @@
 
     python -m tests.ingress.fuzz [--inputs 100000] [--seed 0]
 
-Deterministic by seed. A 5xx other than 503, a line of level error in the log, an exception in the loop, a connection that
-stays, or anything left behind (exchanges, requests in flight) is a finding.
+Deterministic by seed. A 5xx other than 503, a line of level error in the log, an exception in the loop, a connection
+that stays, or anything left behind (exchanges, requests in flight) is a finding.
 """
 
 import argparse
