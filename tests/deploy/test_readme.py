@@ -27,6 +27,7 @@ PROSE = [
 #: Commands that cannot be run from inside the tests, or need values: the test that runs each.
 ELSEWHERE = {
     "./deploy/up": "tests/deploy/test_fresh.py::test_a_fresh_clone",
+    "./deploy/test": "tests/deploy/test_readme.py::test_the_test_command_is_the_cis",
     "./deploy/test --interop": "tests/deploy/test_readme.py::test_the_test_command_is_the_cis",
     "hotpath up": "tests/deploy/test_supervisor.py::test_life",
     "hotpath up --scale guardian=2,provider=2": "tests/deploy/test_supervisor.py::test_life",
