@@ -31,6 +31,7 @@ class Fault(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     slow_ms: int = 0  # every byte on its own, this many ms apart
     stall_after: int | None = None  # silence after n
     stall_ms: int = 120_000  # ... for so long, unless the client leaves
+    usage_delay_ms: int = 0  # of a stream: silence between its last finish_reason and its usage
     cut_after: int | None = None  # the connection ends after n; of a whole answer half the body is sent
     cut: Literal["close", "reset", "clean"] = "close"  # FIN, RST, or a well-formed end of the HTTP body
     malformed_after: int | None = None

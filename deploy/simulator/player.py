@@ -21,6 +21,7 @@ from deploy.simulator.faults import Fault
 
 _BOM: Final = b"\xef\xbb\xbf"
 _ENDS: Final = {"lf": b"\n", "crlf": b"\r\n", "cr": b"\r"}
+_USAGE: Final = b'"choices":[],"usage":'
 _NO_FAULT: Final = Fault()
 _SERVER_ERROR: Final = {
     "error": {
@@ -209,6 +210,9 @@ class Player:
                     return True
                 if fault.no_finish and not tokens:
                     return False
+            if fault.usage_delay_ms and _USAGE in event:
+                await self._flush()
+                await asyncio.sleep(fault.usage_delay_ms / 1000)
             self._buffer.append(event if plain else self._dress(event))
             if tokens:
                 self._tokens += tokens

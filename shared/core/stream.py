@@ -48,7 +48,7 @@ __all__ = ["Deliver", "Discard", "Event", "Events", "Fail", "Finish", "Limits", 
 #: At most this many deliveries of one request, the first included (DESIGN 3, liveness).
 MAX_DELIVERIES: Final = 4
 #: Delta bytes a provider sends beyond what the client has taken. DESIGN 3 allows 64 KiB; a client that stalls may cost
-#: 100 KiB in all, of which 27 go into the objects of a stream and 16 into what one read brings. Half of it in 2 ms (the
+#: 100 KiB in all, of which 27 go into the objects of a stream and 8 into what one read brings. Half of it in 2 ms (the
 #: mux's tick) are 8 MB/s, 30,000 events.
 WINDOW: Final = 32 * 1024
 #: The provider's own first-token and idle timers speak first: they settle, and name the endpoint.

@@ -128,13 +128,12 @@ class Exchange:
     def cancel(self) -> None:
         """Nobody wants the answer."""
         self._cancelled = True
-        if self._phase in (DRAIN, OVER):
-            return
-        if self._phase == DIAL:
-            if self._dialling is not None:
-                self._dialling.cancel()
-            return
-        self._drain(Failure(errors.DeadlineExceeded().body(), False, False, False))
+        if self._phase == DIAL and self._dialling is not None:
+            self._dialling.cancel()
+        elif self._phase == BODY and self._tail_due:
+            self.pause(paused=False)  # all was generated, its usage is to come: within TAIL_S
+        elif self._phase in (SENT, BODY):
+            self._drain(Failure(errors.DeadlineExceeded().body(), False, False, False))
 
     def pause(self, paused: bool) -> None:
         """The client does not take what there is, or does again."""

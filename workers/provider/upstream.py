@@ -35,7 +35,7 @@ LINGER_S: Final = 1.0
 LINGER_BYTES: Final = 65_536
 #: Bytes of one read (uvloop's own bring up to 256,000): what one brings may have to wait in the channel of a client
 #: that does not read, and of those there may be thousands.
-READ_BYTES: Final = 16_384
+READ_BYTES: Final = 8_192
 #: What the kernel may hold of one answer (Linux doubles it). Left to itself it grows to tcp_rmem's maximum, 6 MiB and
 #: more; thousands of stalled answers of that size put the machine's TCP memory under pressure, which everybody feels.
 #: 128 KiB a round trip of 100 ms are 1.3 MB/s: 5,000 events a second.
