@@ -45,7 +45,8 @@ _NO_SYN: Final = b"".join(
     )
 )
 
-#: Descriptors of everything but clients: NATS, Redis, the metrics server, connections that are turned away.
+#: Descriptors of everything but clients: NATS, Redis, the metrics server, connections that are turned away. Some 20 and
+#: a third of the clients will do, where there are few (`ulimit -n 64`).
 OTHER_FILES: Final = 256
 
 Protocol = Callable[[], asyncio.Protocol]
@@ -59,7 +60,7 @@ def allow_connections(wanted: int) -> int:
     if soft != endless and soft < wanted + OTHER_FILES:
         soft = wanted + OTHER_FILES if hard == endless else min(wanted + OTHER_FILES, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return wanted if soft == endless else max(1, min(wanted, soft - OTHER_FILES))
+    return wanted if soft == endless else max(1, min(wanted, soft - min(OTHER_FILES, soft // 2)))
 
 
 class Listener:

@@ -328,6 +328,7 @@ class Server(web.Server):
         self.turned_away: set[asyncio.Transport] = set()
         self._sweep_s = min(SWEEP_S, timers.stalled / 4)
         self._max = max_connections
+        self._most_turned_away = max(1, min(MAX_TURNED_AWAY, max_connections // 3))
         self._log = log
         self._sweeper = self._loop.call_later(self._sweep_s, self._sweep)
 
@@ -346,7 +347,7 @@ class Server(web.Server):
         """Tell a connection above the bound so. A close with its request unread would be a reset, so the end waits a
         moment, for as many as that is cheap for."""
         transport.write(self._refuse(errors.Overloaded()).data)
-        if len(self.turned_away) >= MAX_TURNED_AWAY:
+        if len(self.turned_away) >= self._most_turned_away:
             transport.close()
             return
         transport.write_eof()

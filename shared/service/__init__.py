@@ -10,8 +10,10 @@ registry warm -> control and beats subscribed -> those it hands work to heard (0
 """
 
 import asyncio
+import contextlib
 import logging
 import os
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -44,6 +46,16 @@ def main_of(choose: Callable[[Settings], Iterable[Callable[[], Role]]]) -> None:
     sys.exit(_run(choose, os.environ, time.monotonic()))
 
 
+def _raise_descriptors() -> None:
+    """The soft limit of open files up to the hard one, as Go's runtime does: 1024 is a bound for select(), unused here.
+
+    Under `ulimit -n` both are what it says.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # some kernels take less than they say
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def _run(choose: Callable[[Settings], Iterable[Callable[[], Role]]], env: Mapping[str, str], started_at: float) -> int:
     try:
         settings = environment.load(env)
@@ -51,6 +63,7 @@ def _run(choose: Callable[[Settings], Iterable[Callable[[], Role]]], env: Mappin
     except (environment.SettingsError, catalogs.CatalogError) as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_CONFIG
+    _raise_descriptors()
     log = Log(settings.log_level, _secrets(settings, catalog))
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

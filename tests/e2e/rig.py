@@ -45,8 +45,11 @@ def clean_env(env: Mapping[str, str] | None = None) -> dict[str, str]:
 class Up:
     """A `hotpath up`. As a context manager it is started on entry and stopped on exit."""
 
-    def __init__(self, data: Path, *options: str, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, data: Path, *options: str, env: Mapping[str, str] | None = None, descriptors: int | None = None
+    ) -> None:
         self.data = data
+        self.descriptors = descriptors  # `ulimit -n` of everything
         self.env = clean_env(env)
         self.options = options
         self.output = ""
@@ -67,6 +70,8 @@ class Up:
         if "--port" not in options:
             options += ["--port", str(servers.free_port())]
         command = [sys.executable, "-m", "deploy.cli", "up", "--data", str(self.data), *options]
+        if self.descriptors is not None:
+            command = ["sh", "-c", 'ulimit -n "$0" && exec "$@"', str(self.descriptors), *command]
         with self._log.open("wb") as out:
             self.process = subprocess.Popen(
                 command, env=self.env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True

@@ -17,7 +17,7 @@ ENDLESS = resource.RLIM_INFINITY
         (1024, 4096, 4096, 4096 - OTHER_FILES),
         (20_000, 20_000, None, 12_000),
         (ENDLESS, ENDLESS, None, 12_000),
-        (64, 64, 64, 1),
+        (64, 64, 64, 32),
     ],
 )
 def test_the_limit_is_raised(

@@ -9,6 +9,7 @@ from shared.core.translators.base import Failure, UpstreamFailure
 from shared.wire import errors
 from shared.wire.errors import HotpathError
 from shared.wire.messages import ErrorBody
+from workers.provider.address import OutOfDescriptors
 
 if TYPE_CHECKING:
     from shared.settings import Settings
@@ -103,9 +104,10 @@ def failure_of(exc: HotpathError | UpstreamFailure) -> Failure:
 
 
 def unsent(exc: HotpathError) -> Ended:
-    """No server has seen the request."""
+    """No server has seen the request. What is our fault says nothing of the endpoint's circuit (faults 87)."""
     ours = isinstance(exc, errors.GatewayFault)
-    return Ended(error=exc.body(), retryable=True, same_endpoint=True, outcome=None if ours else False)
+    further = not isinstance(exc, OutOfDescriptors)
+    return Ended(error=exc.body(), retryable=further, same_endpoint=further, outcome=None if ours else False)
 
 
 def mode_of(headers: Mapping[str, str], *, stream: bool) -> tuple[str, bool, str]:

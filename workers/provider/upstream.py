@@ -18,7 +18,7 @@ import httptools
 from msgspec import Struct
 
 from shared.wire.errors import Overloaded, UpstreamError, UpstreamTimeout
-from workers.provider.address import resolve
+from workers.provider.address import resolve, unreachable
 from workers.provider.origin import Origin
 
 #: Head of an answer: lines and bytes. Node refuses heads over 16 KiB; OpenAI sends some 40 lines, 3 KiB (faults 75).
@@ -354,7 +354,7 @@ class Pool:
                 continue
             self._open.add(connection)
             return connection
-        raise UpstreamError("The provider could not be reached.") from failure
+        raise unreachable(failure, "The provider could not be reached.") from failure
 
     def park(self, connection: Connection) -> None:
         """Keep an idle connection."""
