@@ -1,14 +1,18 @@
 """Kill points: nothing without HOTPATH_TEST=1, SIGKILL at the named one, once for all processes of a folder."""
 
+import json
 import re
 import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
 
 from shared.service import killat
+from tests.e2e.rig import Up
+from tests.e2e.sim import until
 
 ROOT = Path(__file__).parent.parent
 USE = re.compile(r"""reach(?:_soon)?\(\s*"([a-z_.]+)"(?: if [^)]* else "([a-z_.]+)")?\)""")
@@ -79,3 +83,31 @@ def test_it_costs_nothing_here() -> None:
     """The tests' own process never dies of it, whatever its environment: the functions are bound at import."""
     assert killat.reach is killat.reach_soon
     killat.reach("guardian.on_message")
+
+
+def test_one_process_of_a_fleet_dies_of_it(tmp_path: Path) -> None:
+    """`hotpath up` hands KILLAT to the first process of each role, once: the request is served by the other one, and
+    the first comes back whole (faults 6)."""
+    env = {"HOTPATH_TEST": "1", "KILLAT": "guardian.after_reserve"}
+    with Up(tmp_path / "up", "--scale", "guardian=2", env=env) as up:
+        before = set(up.run["pids"]["guardian"])
+        for _ in range(20):
+            assert ask(up) == 200
+            if set(up.run["pids"]["guardian"]) != before:
+                break
+        said = until(up.said, lambda text: "started again" in text, 5)
+        assert said.count("was killed by SIGKILL") == 1
+        after = until(lambda: up.run["pids"]["guardian"], lambda pids: len(pids) == 2, 10)
+        assert len(before & set(after)) == 1
+        assert [ask(up) for _ in range(20)] == [200] * 20
+        assert up.said().count("was killed by SIGKILL") == 1
+
+
+def ask(up: Up) -> int:
+    """One request's status."""
+    body = {"model": "sim-fast", "messages": [{"role": "user", "content": "[[sim chunks=2]]"}]}
+    headers = {"Authorization": f"Bearer {up.run['api_key']}", "Content-Type": "application/json"}
+    request = urllib.request.Request(f"{up.url}/v1/chat/completions", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        status: int = answer.status
+    return status

@@ -131,7 +131,7 @@ class Slot:
             process = await asyncio.create_subprocess_exec(
                 *self.spec.command,
                 stdin=asyncio.subprocess.DEVNULL, stdout=out_write, stderr=out_write,
-                env={**self.spec.env, "HOTPATH_READY_FD": str(ready_write)},
+                env={**self._env(), "HOTPATH_READY_FD": str(ready_write)},
                 cwd=ROOT, pass_fds=(ready_write, *self.spec.fds),
                 start_new_session=True,  # the terminal's Ctrl-C reaches the supervisor only, which stops them in order
             )  # fmt: skip
@@ -164,6 +164,13 @@ class Slot:
             self.ready.clear()
             self.events.ended(self.spec, pid)
         return code, list(output.tail)
+
+    def _env(self) -> dict[str, str]:
+        """The environment of the next life. A test's KILLAT is for one process of a role, once: see killat.py."""
+        env = dict(self.spec.env)
+        if self.spec.number > 1 or self.died.is_set():
+            env.pop("KILLAT", None)
+        return env
 
     async def _probe(self, pid: int) -> None:
         assert self.spec.probe is not None

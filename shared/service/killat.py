@@ -1,6 +1,7 @@
 """Named points at which a test kills a process, to show what a crash right there costs (I1..I10; faults, section 1).
 
-    HOTPATH_TEST=1 KILLAT=guardian.after_reserve ...   the process dies when it first comes to that point
+    HOTPATH_TEST=1 KILLAT=guardian.after_reserve ...   the process dies when it first comes to that point; `hotpath up`
+                                                       hands this to the first process of each role, for its first life
     HOTPATH_TEST=1 KILLAT_DIR=DIR ...                  the process that comes to point P while DIR/P exists takes that
                                                        file away and dies: once, whichever process it is, even though
                                                        the supervisor starts the next one with the same environment.
