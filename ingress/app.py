@@ -11,6 +11,7 @@ from ingress import observe
 from ingress.auth import Auth
 from ingress.chat import Chat, Rules
 from ingress.deliver import Desk, Handoff
+from ingress.events import Events
 from ingress.health import Health
 from ingress.leave import Leaving, Times
 from ingress.listener import Listener, allow_connections
@@ -59,7 +60,8 @@ class Ingress:
         self._desk = self._make_desk(ctx)
         self._replies = Replies(ctx.bus, ctx.instance, ctx.rosters, self._desk)
         self._desk.control = self._replies
-        self._auth = Auth(ctx.state.registry, settings.admin_api_key, ctx.log, time.monotonic)
+        self._events = Events(ctx.log, time.monotonic)
+        self._auth = Auth(ctx.state.registry, settings.admin_api_key, self._events)
         ctx.bus_listeners.append(self._replies.on_bus)
         self._add_routes(ctx, door)
         self._add_metrics(ctx)
@@ -108,6 +110,7 @@ class Ingress:
         chat = Chat(
             rules=_rules(settings),
             auth=self._auth,
+            events=self._events,
             models=catalog.models,
             epoch=catalog.epoch,
             desk=self._desk,
@@ -155,9 +158,10 @@ class Ingress:
 
         ctx.metrics_app.router.add_get("/metrics/targets", targets)
         ctx.metrics_app.router.add_get("/trace/{rid}", trace)
-        replies, auth = self._replies, self._auth
+        replies, counts = self._replies, self._events.counts
         self._tally.numbers = {
-            "auth_failures": ("Requests without a valid key", lambda: float(auth.failures)),
+            "auth_failures": ("Requests without a valid key", lambda: float(counts["auth_failure"])),
+            "unusual_models": ("Requests for a model whose name is no name", lambda: float(counts["unusual_model"])),
             "cancels": ("Cancels sent to providers", lambda: float(replies.cancels)),
             "presumed_deaths": ("Instances found dead or frozen", lambda: float(replies.deaths)),
             "stray_frames": ("Frames of streams that were gone", lambda: float(replies.stray_frames)),

@@ -11,6 +11,7 @@ from msgspec import Struct
 from ingress import render
 from ingress.auth import Auth
 from ingress.deliver import Desk, Exchange
+from ingress.events import Events
 from ingress.middleware import Visit
 from ingress.observe import ColdStart, Trace, Traces
 from ingress.protocol import Connection, Reply
@@ -48,11 +49,12 @@ class Chat:
     """The chat completions route."""
 
     def __init__(
-        self, *, rules: Rules, auth: Auth, models: Mapping[str, object], epoch: int, desk: Desk, traces: Traces,
-        cold: ColdStart, ready: Callable[[], None],
+        self, *, rules: Rules, auth: Auth, events: Events, models: Mapping[str, object], epoch: int, desk: Desk,
+        traces: Traces, cold: ColdStart, ready: Callable[[], None],
     ) -> None:  # fmt: skip
         self._rules = rules
         self._auth = auth
+        self._events = events
         self._models = models
         self._epoch = epoch
         self._desk = desk
@@ -73,6 +75,7 @@ class Chat:
         chat = parse_chat(body)
         visit.stage("parse")
         if chat.model not in self._models:
+            self._events.unknown_model(request, visit.label, principal.tenant, chat.model)
             raise errors.ModelNotFound(param="model")
         timeout_ms = self._timeout_ms(request, chat.stream)
         done = DONE_FORMS.get(request.headers.get(headers.DONE_PAYLOAD, "inline"))

@@ -1,7 +1,9 @@
 """Everywhere a secret or a prompt could end up, searched (I9): logs, terminal, answers, metrics, traces, command lines,
 what Redis and NATS keep on disk. Private files (mode 0600) hold secrets by their purpose; their mode is checked."""
 
+import itertools
 import urllib.request
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,12 @@ class Sinks:
     def __init__(self, up: Up, secrets: list[str]) -> None:
         self._up = up
         self.secrets = [secret.encode() for secret in secrets]
+        self.rids: deque[str] = deque(maxlen=20)  # of answered requests
 
     def check_answer(self, answer: Answer) -> None:
         """No secret in what a client was sent, and nothing of its own input in an error."""
+        if answer.status == 200 and "x-br-calls" in answer.headers:
+            self.rids.append(answer.headers["x-br-request-id"])
         text = repr(answer).encode()
         wanted = self.secrets if answer.status == 200 else [*self.secrets, CANARY]
         for secret in wanted:
@@ -67,11 +72,18 @@ class Sinks:
                 continue
 
     def _pages(self) -> Iterator[tuple[str, bytes]]:
-        """/metrics of every process, the trace of the last requests."""
+        """/metrics of every process, what the ingress keeps of the last requests."""
         key = {"Authorization": f"Bearer {self._up.run['admin_key']}"}
         for path in ("/metrics", "/metrics/targets", "/health", "/ready"):
             with urllib.request.urlopen(urllib.request.Request(self._up.url + path, headers=key), timeout=5) as page:
                 yield path, page.read()
+        for target in itertools.chain(*self._up.run["metrics"].values()):
+            with urllib.request.urlopen(target, timeout=5) as page:
+                yield target, page.read()
+        for rid in self.rids:
+            request = urllib.request.Request(f"{self._up.url}/trace/{rid}", headers=key)
+            with urllib.request.urlopen(request, timeout=5) as page:
+                yield "/trace", page.read()
 
     def _redis(self) -> Iterator[tuple[str, bytes]]:
         """Every key with all it holds."""

@@ -395,7 +395,19 @@ async def test_auth_failures_are_told_to_the_siem_without_the_key(
     assert (lines[0]["event"], lines[0]["ip"], lines[0]["requestId"]) == ("auth_failure", "127.0.0.1", "who")
     assert lines[0]["forwarded"] == "'10.0.0.9'"
     assert "canary" not in repr(lines)
-    assert world.ingress._auth.failures == 40
+    assert world.ingress._events.counts["auth_failure"] == 40
+
+
+async def test_unusual_model_names_are_told_to_the_siem(
+    world: World, http: aiohttp.ClientSession, caplog: pytest.LogCaptureFixture
+) -> None:
+    """S1-R3, S1-C3b: what is no name at all, quoted and cut; a model that is merely not here is a typing error."""
+    for name in ("gpt-none", "ft:gpt-4o:org::id", "a\r\nPUB admin 0", "$SYS.>", "x y" * 60):
+        async with http.post(world.url + CHAT, json={**BODY, "model": name}) as answer:
+            assert answer.status == 404
+    lines = [vars(record) for record in caplog.records if record.getMessage() == "unusual_model"]
+    assert [line["model"] for line in lines] == ["'a?PUB admin 0'", "'$SYS.>'", f"'{('x y' * 60)[:64]}...'"]
+    assert {(line["security"], line["tenant"], line["ip"]) for line in lines} == {(True, "default", "127.0.0.1")}
 
 
 # ---- ids, timeouts, forms, bodies
