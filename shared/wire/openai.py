@@ -6,22 +6,16 @@ same dialect that we do not know are kept; those that could turn the request els
 The fields: https://platform.openai.com/docs/api-reference/chat/create
 """
 
-import math
 import re
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
-import jiter
 import orjson
 from msgspec import Struct
 
-from shared.wire.errors import ClientError, InvalidJson, MissingModel, ModelNotFound
+from shared.wire import strict
+from shared.wire.errors import ClientError, MissingModel, ModelNotFound
 
-MAX_DEPTH: Final = 64  # containers inside one another; a real request has 5, a tool schema 15
-MAX_KEYS: Final = 1000  # keys of one object; the largest tool schemas have some hundred
-#: Quotes that open or close a string. The parser takes 1 us a key: 200,000 of them would hold every other request for
-#: 0.2 s (faults 33); 10,000 messages have 80,000 quotes.
-MAX_QUOTES: Final = 100_000
 MAX_MODEL_BYTES: Final = 256  # D6
 MAX_N: Final = 16  # choices; each is reserved at the full output cap
 MAX_STOP: Final = 16  # OpenAI takes 4, others up to 16
@@ -64,16 +58,7 @@ def parse_chat(body: bytes) -> ChatRequest:
     Raises InvalidJson, MissingModel, ModelNotFound (the name is too long to be in any catalogue) or ClientError with
     `param` naming the field.
     """
-    if len(body) > 2 * MAX_QUOTES and body.count(b'"') - body.count(b'\\"') > MAX_QUOTES:
-        raise ClientError(f"The request body has more than {MAX_QUOTES // 2} strings and keys.")
-    try:
-        fields = jiter.from_json(body, allow_inf_nan=False, cache_mode="keys", catch_duplicate_keys=True)
-    except ValueError as exc:
-        raise InvalidJson(_explain(str(exc))) from exc
-    if type(fields) is not dict:
-        raise ClientError("Invalid request body: object expected")
-    if body.count(b"{") + body.count(b"[") > MAX_DEPTH or body.count(b":") > MAX_KEYS:
-        _check_size(fields)
+    fields = strict.parse(body)
     model = _model(fields)
     dropped = _check_fields(fields)
     for key in dropped:
@@ -86,7 +71,7 @@ def parse_chat(body: bytes) -> ChatRequest:
         include_usage=bool(options and options.get("include_usage")),
         max_output=fields.get("max_completion_tokens") or fields.get("max_tokens") or 0,
         n=fields.get("n") or 1,
-        body=_serialise(fields, body, exact=not dropped),
+        body=strict.serialise(fields, body, exact=not dropped),
     )
 
 
@@ -94,61 +79,6 @@ def models_page(models: Iterable[tuple[str, str]], created: int = 0) -> bytes:
     """`GET /v1/models` for these (name, owned_by)."""
     rows = [{"id": name, "object": "model", "created": created, "owned_by": owner} for name, owner in models]
     return orjson.dumps({"object": "list", "data": rows})
-
-
-# ---- the body as a whole ---------------------------------------------------------------------------------------------
-
-
-def _explain(reason: str) -> str:
-    """The seed's own message (S1-H4b), unless ours helps more; never the client's text."""
-    if reason.startswith("Detected duplicate key"):
-        return "Invalid JSON in request body: duplicate key"
-    if reason.startswith("recursion limit"):
-        return f"Invalid JSON in request body: nested deeper than {MAX_DEPTH}"
-    return ""
-
-
-def _check_size(fields: dict[str, Any]) -> None:
-    """Depth and keys per object, level by level. Called only when the count of brackets or colons allows a breach."""
-    level: list[Any] = [fields]
-    for _ in range(MAX_DEPTH):
-        below: list[Any] = []
-        for item in level:
-            if type(item) is dict:
-                if len(item) > MAX_KEYS:
-                    raise ClientError(f"An object in the request body has more than {MAX_KEYS} keys.")
-                below += [value for value in item.values() if type(value) is dict or type(value) is list]
-            else:
-                below += [value for value in item if type(value) is dict or type(value) is list]
-        if not below:
-            return
-        level = below
-    raise ClientError(f"The request body is nested deeper than {MAX_DEPTH}.")
-
-
-def _serialise(fields: dict[str, Any], body: bytes, *, exact: bool) -> bytes:
-    """Compact JSON. Refuses integers beyond 64 bits and numbers beyond a double, which parsers read differently.
-
-    jiter reads 1e400 as infinity and orjson writes that as null: so more nulls out than in (or, when fields were
-    dropped, any null) means that we must look.
-    """
-    try:
-        out = orjson.dumps(fields)
-    except orjson.JSONEncodeError as exc:
-        raise ClientError("A number in the request body is out of range.") from exc
-    nulls = out.count(b"null")
-    if nulls and (not exact or nulls != body.count(b"null")) and _has_infinity(fields):
-        raise ClientError("A number in the request body is out of range.")
-    return out
-
-
-def _has_infinity(value: Any) -> bool:
-    """Bounded by MAX_DEPTH."""
-    if type(value) is float:
-        return math.isinf(value)
-    if type(value) is dict:
-        return any(_has_infinity(item) for item in value.values())
-    return type(value) is list and any(_has_infinity(item) for item in value)
 
 
 # ---- top-level fields ------------------------------------------------------------------------------------------------

@@ -80,6 +80,9 @@ REFUSED: dict[str, bytes] = {
     "32 17 stops": body(stop=["a"] * 17),
     "33 200,000 keys": raw(b'"x":{' + b",".join(b'"%d":1' % i for i in range(70_000)) + b"}"),
     "33 1001 keys at the top": body(**{f"k{i}": 1 for i in range(1001)}),
+    "33 100,002 quotes": raw(b'"x":[' + b'"aaaa",' * 50_000 + b"1]"),
+    "32 50,001 items": raw(b'"x":[' + b"1," * 50_000 + b"1]"),
+    "32 50,001 containers": raw(b'"x":[' + b",".join([b"[" + b"{}," * 9_999 + b"1]"] * 5) + b"]"),
     "34 empty key alone": b'{"":1}',
     "34 empty key": raw(b'"":1'),
     "35 __proto__ alone": b'{"__proto__":{"admin":true}}',
@@ -184,6 +187,11 @@ ACCEPTED: dict[str, bytes] = {
     "28 line separators": content("\u2028\u2029\u0085".encode()),
     "29 63 deep": raw(b'"x":' + b"[" * 63 + b"]" * 63),
     "33 1000 keys": body(x={f"k{i}": 1 for i in range(1000)}),
+    "32 50,000 items": raw(b'"x":[' + b"1," * 49_999 + b"1]"),
+    "32 49,900 containers": raw(b'"x":[' + b",".join([b"[" + b"{}," * 9_970 + b"1]"] * 5) + b"]"),
+    "33 99,000 quotes, and more in a text": raw(
+        b'"x":[' + b'"aa",' * 49_000 + b"1]," + b'"y":"' + b'\\"' * 100_000 + b'"'
+    ),
     "35 __proto__": raw(b'"__proto__":{"admin":true}'),
     "107 slash": body(model="anthropic/claude-sonnet-4"),
     "107 colons": body(model="ft:gpt-4o:org::id"),
