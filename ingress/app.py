@@ -169,6 +169,11 @@ class Ingress:
             "bad_batches": ("Batches that could not be read", lambda: float(replies.bad_batches)),
         }
         ctx.metrics.registry.register(self._tally)
+        held, desk = ctx.metrics.held, self._desk
+        held("exchanges", lambda: len(desk.exchanges))
+        held("timers", lambda: len(desk.wheel))
+        held("pairs of the ingress", lambda: replies.pairs)
+        held("client connections", lambda: len(self._server.connections))
 
     # ---- draining ----------------------------------------------------------------------------------------------------
 

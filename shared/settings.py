@@ -116,7 +116,9 @@ class Settings(Struct, frozen=True, kw_only=True):
     shutdown_stream_drain_ms: Annotated[Millis, Meta(description="Drain time of streams (D8).")] = 120_000
 
     ledger_tombstone_ms: Annotated[
-        Annotated[int, Meta(ge=60_000, le=31 * _DAY_MS)], Meta(description="How long a settled entry is remembered.")
+        # Whatever stands here, an entry stays until its deadline + grace: until then a duplicate could begin it anew.
+        # Beyond that it is remembered for settlements that are tried again (state/behind.py): 20 s leave them 18.
+        Annotated[int, Meta(ge=20_000, le=31 * _DAY_MS)], Meta(description="How long a settled entry is remembered.")
     ] = 600_000
     ledger_unconfirmed_ms: Annotated[
         Annotated[int, Meta(ge=1000, le=31 * _DAY_MS)],

@@ -137,6 +137,7 @@ class Process:
                 " set METRICS_PORT=0 for a free port"
             ) from error
         self._register_metrics()
+        self._register_held(state)
         for role in self._roles:
             self._contexts.append(self._context(role, state, server))
         await self._subscribe(state)
@@ -253,6 +254,15 @@ class Process:
             in_flight.labels(role.name).set_function(role.in_flight)
         for roster in self._rosters.values():
             alive.labels(roster.role).set_function(partial(_count_alive, roster))
+
+    def _register_held(self, state: State) -> None:
+        """What I8 wants back at its baseline; each role adds its own."""
+        held = self._metrics.held
+        held("tasks", lambda: len(asyncio.all_tasks()))
+        held("redis calls waiting", lambda: state.waiting)
+        held("keys asked for in vain", lambda: state.registry.unknown)
+        held("messages that may come back", lambda: sum(ctx.sender.kept for ctx in self._contexts))
+        held("instances known", lambda: sum(map(len, self._rosters.values())))
 
     # ---- subscriptions
 

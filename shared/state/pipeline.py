@@ -81,6 +81,11 @@ class Pipeline(asyncio.Protocol):
     # ---- for callers -------------------------------------------------------------------------------------------------
 
     @property
+    def waiting(self) -> int:
+        """Calls without an answer."""
+        return len(self._waiting)
+
+    @property
     def available(self) -> bool:
         """Whether a command would be sent now."""
         return self._ready and self._gate is None

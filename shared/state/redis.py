@@ -127,6 +127,11 @@ class State:
 
     # ---- the admin calls: `hotpath keys`, `hotpath budget`, `hotpath ledger show` ------------------------------------
 
+    @property
+    def waiting(self) -> int:
+        """Calls that Redis has not answered."""
+        return self._hot.waiting + self._side.waiting
+
     async def create_key(
         self, tenant_name: str, limit: int | None = None, period: Period = "month", *, synthetic: bool = False
     ) -> NewKey:

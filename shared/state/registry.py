@@ -96,6 +96,11 @@ class RedisRegistry:
         """Whether Redis answered a poll lately: an unknown key is then really unknown (401), else 503 (DESIGN 5)."""
         return self._monotonic() - self._answered < FRESH_S
 
+    @property
+    def unknown(self) -> int:
+        """Keys asked for in vain and remembered for a moment."""
+        return len(self._unknown)
+
     def tenants(self) -> list[str]:
         """The ids of all tenants: what the idle sweep walks."""
         return list(self._tenants)

@@ -32,6 +32,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry(auto_describe=False)
         ProcessCollector(registry=self.registry)
+        self._held = self.gauge("held", "Things this process holds now: each goes back to where it was (I8)", ("what",))
 
     def counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
         """A number that only grows."""
@@ -40,6 +41,10 @@ class Metrics:
     def gauge(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Gauge:
         """A number as it is now; `set_function` reads it when it is asked for, which costs the hot path nothing."""
         return Gauge(f"hotpath_{name}", text, labels, registry=self.registry)
+
+    def held(self, what: str, read: Callable[[], int]) -> None:
+        """The size of something that grows with the requests under way, and with nothing else."""
+        self._held.labels(what).set_function(lambda: float(read()))
 
     def show_queue(self, role: str, queue: Queue) -> None:
         """How long requests wait in a role's own queue, and how many it shed for that."""

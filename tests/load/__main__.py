@@ -11,8 +11,9 @@ Overload mode has options of its own: `overload --help`.
 
     python -m tests.load slow-reader      one client of 1 KiB/s beside 200 streams
     python -m tests.load stalled          2,000 clients that never read
+    python -m tests.load soak             200,000 requests, and whether anything grows
 
-start a Hotpath of their own (flow.py); exit code 0 when the figures of the acceptance are met.
+start a Hotpath of their own (flow.py, soak.py); exit code 0 when the figures of the acceptance are met.
 """
 
 import argparse
@@ -30,7 +31,7 @@ import uvloop
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from tests.load import flow, overload, report
+from tests.load import flow, overload, report, soak
 from tests.load.callers import Caller, HttpCaller, NatsCaller
 from tests.load.nats_client import NatsClient
 from tests.load.work import Mix, jobs, parse_weights
@@ -158,8 +159,10 @@ def main(argv: list[str] | None = None) -> int:
     if words[:1] == ["overload"]:
         return overload.main(words[1:])
     console = Console(stderr=True)
-    if words and words[0] in ("slow-reader", "stalled"):
+    if words[:1] in (["slow-reader"], ["stalled"]):
         return flow.main(words, console)
+    if words[:1] == ["soak"]:
+        return soak.main(words, console)
     chosen = arguments(words)
     shown = uvloop.run(run(chosen, console))
     if chosen.json and str(chosen.json) == "-":

@@ -138,8 +138,8 @@ class Provider:
         for timer in self._timers:
             timer.cancel()
         await self._settle_late()
-        for target in self._targets.values():
-            target.pool.close()
+        for pool in self._pools():
+            pool.close()
 
     async def _settle_late(self) -> None:
         """Money that Redis did not take yet: what is given up here stands in the log."""
@@ -163,14 +163,17 @@ class Provider:
                 dialect, pool, endpoint = pools[step.endpoint]
                 self._targets[step] = Target(step, dialect, pool, endpoint.cap_field, (endpoint.key,))
 
+    def _pools(self) -> set[Pool]:
+        return {target.pool for target in self._targets.values()}
+
     def targets(self, step: Step) -> Target | None:
         """None for a step that this process's catalogue does not know."""
         return self._targets.get(step)
 
     def _sweep(self) -> None:
         self._timers[:] = [self.loop.call_later(SWEEP_S, self._sweep)]
-        for target in self._targets.values():
-            target.pool.sweep()
+        for pool in self._pools():
+            pool.sweep()
 
     # ---- requests ----------------------------------------------------------------------------------------------------
 
@@ -321,6 +324,11 @@ class Provider:
         waiting.set_function(lambda: float(behind.settles))
         given_up = metrics.gauge("provider_ledger_given_up", "Voids and settlements Redis never took")
         given_up.set_function(lambda: float(behind.given_up))
+        metrics.held("walks", lambda: len(self._walks))
+        metrics.held("channels", lambda: self.mux.open_channels)
+        metrics.held("pairs of the provider", lambda: self.mux.pair_count)
+        metrics.held("settlements behind", lambda: behind.under_way)
+        metrics.held("upstream connections", lambda: sum(pool.open_connections for pool in self._pools()))
         metrics.gauge("reply_frames_lost", "Frames that could not be published").set_function(
             lambda: float(self.mux.lost)
         )

@@ -336,6 +336,11 @@ class Mux:
                 del self._pairs[key]
 
     @property
+    def pair_count(self) -> int:
+        """Askers remembered."""
+        return len(self._pairs)
+
+    @property
     def open_channels(self) -> int:
         """Deliveries whose terminal has not gone."""
         return sum(len(pair.channels) for pair in self._pairs.values())
