@@ -24,7 +24,7 @@ def make_plan(steps: tuple[Step, ...], look: Look, now: int, max_retries: int, t
 
     `max_retries` is ROUTING_MAX_RETRIES (S1-L4): calls after the first, over all endpoints and deliveries.
     """
-    closed = tuple(step for step in steps if look(step.endpoint) is None)
+    closed = [step for step in steps if look(step.endpoint) is None]
     if len(closed) == len(steps):
         return Plan(steps=steps, max_calls=1 + max_retries)
     ready = [step for step in steps if (found := look(step.endpoint)) is not None and state(found, now) == "half_open"]

@@ -113,6 +113,11 @@ class _State:
         def lookup(tenant: str, key: str) -> Principal:
             return Principal(tenant=tenant, key=key, tenant_name=tenant)
 
+    class circuits:  # noqa: N801
+        @staticmethod
+        def look(_endpoint: str) -> None:
+            """Closed."""
+
     class clock:  # noqa: N801
         @staticmethod
         def now() -> int:

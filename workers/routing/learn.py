@@ -5,6 +5,7 @@ places. The queue is bounded: while Redis is away the oldest knowledge is worth 
 """
 
 import asyncio
+import logging
 import time
 from collections import deque
 from functools import partial
@@ -130,7 +131,8 @@ class Learner:
             return
         circuits.refresh_soon()
         self._changes.labels(endpoint, became).inc()
-        self._ctx.log.warning("a circuit changed", extra={"endpoint": endpoint, "state": became})
+        level = logging.INFO if became == "half_open" else logging.WARNING  # half_open: a probe was given back
+        self._ctx.log.log(level, "a circuit changed", extra={"endpoint": endpoint, "state": became})
         try:
             self._ctx.bus.publish(subjects.NOTICE_CIRCUIT, b"")
         except BusUnavailable:
