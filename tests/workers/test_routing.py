@@ -275,6 +275,20 @@ async def test_a_probe_s_outcome_moves_the_circuit(rig):
     assert 'hotpath_circuit_changes_total{endpoint="one",state="open"} 2.0' in shown
 
 
+async def test_what_a_provider_decided_is_told_to_all(rig):
+    """It told Redis itself (a frozen routing process would not); with its outcome here, every process hears of it."""
+    told = asyncio.Event()
+    await rig.outside.subscribe(subjects.NOTICE_CIRCUIT, lambda *_: told.set())
+    await half_open(rig, "one")
+    assert await rig.ctx.state.circuits.claim("one", "p1")
+    assert await rig.ctx.state.circuits.record("one", [("probe_good", "p1")]) == "closed"
+    told.clear()
+    await end_calls(rig, Outcome("one", ok=True))
+    assert not told.is_set()
+    await end_calls(rig, Outcome("one", ok=True, probe="p1"))
+    assert told.is_set()
+
+
 async def test_outcomes_between_versions():
     """A rolling update: the older reader ignores what was appended, the newer one has its defaults."""
 

@@ -93,7 +93,7 @@ class Provider:
         self.outcomes = OutcomeLog(ctx.bus, self.loop)
         self._make_targets()
         self._metrics(ctx)
-        self.gate = Gate(ctx.state.circuits, ctx.state.clock, self.outcomes, ctx.log, self._claims)
+        self.gate = Gate(ctx.state.circuits, ctx.state.clock, self.outcomes, ctx.log, self._probes)
         for encoding in {model.encoding for model in ctx.catalog.models.values()}:
             tokens.warm(encoding)
         self._subscription = await ctx.bus.subscribe(subjects.worker(self.name, ctx.instance), self._on_call)
@@ -134,6 +134,7 @@ class Provider:
         await self.mux.wait_closed(max(0.0, end - self.loop.time()))  # terminals behind bytes that wait for credit
         self.mux.flush()
         self.outcomes.flush()
+        await self.gate.close()
         self._control.close()
         for timer in self._timers:
             timer.cancel()
@@ -316,7 +317,7 @@ class Provider:
         metrics = ctx.metrics
         self._calls = metrics.counter("upstream_calls_total", "Ended upstream calls", ("endpoint", "result"))
         self._results: dict[tuple[str, str], Any] = {}
-        self._claims = metrics.counter("circuit_claims_total", "Claims of a circuit's probe", ("endpoint", "result"))
+        self._probes = metrics.counter("circuit_probes_total", "Claims and verdicts", ("endpoint", "result"))
         self._ignored = metrics.counter("provider_messages_ignored_total", "Messages that are no call, or lead nowhere")
         self._overruns = metrics.counter("ledger_overruns_total", "Calls billed above their reservation")
         behind = self._behind

@@ -220,8 +220,8 @@ class Walk:
         """How the call went, to the breakers. A probe has its verdict once, at the first billed token or, without one,
         at its end: a long stream must not keep the circuit half open. What comes of it later counts as any call."""
         probe, self._probe = self._probe, ORDINARY
-        if self._step is not None and (probe or ok is not None):
-            self._provider.outcomes.add(self._step.endpoint, ok, probe)
+        if self._step is not None:
+            self._provider.gate.tell(self._step.endpoint, ok, probe)
 
     async def _call_upstream(self, target: "Target", translator: Translator) -> Ended:
         provider, ask = self._provider, self._message.ask

@@ -127,12 +127,13 @@ class Learner:
         except StateUnavailable:
             self._lose(1)
             return
-        if became is None:
+        if became is not None:
+            self._changes.labels(endpoint, became).inc()
+            level = logging.INFO if became == "half_open" else logging.WARNING  # half_open: a probe was given back
+            self._ctx.log.log(level, "a circuit changed", extra={"endpoint": endpoint, "state": became})
+        elif not any(probe for _, probe in events):  # else: decided by its own process, of which nobody else has heard
             return
         circuits.refresh_soon()
-        self._changes.labels(endpoint, became).inc()
-        level = logging.INFO if became == "half_open" else logging.WARNING  # half_open: a probe was given back
-        self._ctx.log.log(level, "a circuit changed", extra={"endpoint": endpoint, "state": became})
         try:
             self._ctx.bus.publish(subjects.NOTICE_CIRCUIT, b"")
         except BusUnavailable:
