@@ -25,6 +25,7 @@ from ingress.listener import Listener
 from ingress.middleware import Door
 from ingress.protocol import Server
 from shared.bus.roster import Roster
+from shared.service import BootError
 from shared.wire import errors
 
 TICK_S: Final = 0.1
@@ -57,6 +58,8 @@ class Leaving:
         self._siblings = siblings
         self._times = times
         self._log = log
+        self._locked_out = False
+        self._began = 0.0
         self._seen: dict[int, float] = {}  # exchange -> since when its time counts
         self._quiet_since = 0.0  # since when no request is in flight; 0 = one is
 
@@ -64,7 +67,8 @@ class Leaving:
         """Return when every client has its answer, or the time is up and it was told so."""
         door, clock = self._door, self._desk.clock
         door.leaving = True
-        end = clock() + self._times.streams
+        self._began = clock()
+        end = self._began + self._times.streams
         while True:
             last = not self._has_sibling(clock())
             await self._choose(last=last)
@@ -74,7 +78,8 @@ class Leaving:
             self._end_late(now)
             await self._wait(TICK_S)
         self._end(list(self._desk.exchanges.values()))
-        await self._wait(LAST_WORDS_S)
+        if door.in_flight:
+            await self._wait(LAST_WORDS_S)
 
     def _has_sibling(self, now: float) -> bool:
         """Whether another ingress lives that is not leaving too."""
@@ -82,10 +87,11 @@ class Leaving:
 
     async def _choose(self, *, last: bool) -> None:
         self._door.draining = last
-        if last and not self._listener.open:
+        if last and not self._listener.open and not self._locked_out:
             try:
                 await self._listener.start()
-            except OSError as error:  # a port of our own that somebody else has taken meanwhile: nobody to refuse
+            except BootError as error:  # somebody else has taken the port meanwhile: nobody comes whom we could refuse
+                self._locked_out = True
                 self._log.warning("cannot listen again while leaving", extra={"error": str(error)})
         elif not last and self._listener.open:
             await self._listener.stop()
@@ -93,7 +99,8 @@ class Leaving:
     def _is_over(self, now: float, *, last: bool) -> bool:
         if self._door.in_flight:
             self._quiet_since = 0.0
-            return False
+            # without an exchange they still read their bodies, and have as long for it as a whole answer
+            return last and not self._desk.exchanges and now - self._began >= self._times.whole
         self._quiet_since = self._quiet_since or now
         busy = self._server.busy()
         if last:
@@ -119,9 +126,9 @@ class Leaving:
             one.fail(errors.ShuttingDown().body(), "shutting down")
 
     async def _wait(self, seconds: float) -> None:
-        """Until nothing is in flight or so long; at least one turn of the loop."""
+        """So long, or until nothing is in flight any more."""
         if not self._door.in_flight:
-            await asyncio.sleep(min(seconds, TICK_S))
+            await asyncio.sleep(seconds)
             return
         try:
             async with asyncio.timeout(seconds):

@@ -6,8 +6,8 @@ until it has drained. A replacement that does not become ready is stopped again,
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Final, TypeVar
 
 from deploy.cli.slot import Slot
 from deploy.cli.supervise import Supervisor
@@ -15,12 +15,13 @@ from deploy.cli.supervise import Supervisor
 READY_S: Final = 60.0  # as at a start
 HEARD_S: Final = 10.0  # beats come every 0.1 s from a process that is new
 HEARD_POLL_S: Final = 0.05
-REPORT_S: Final = 5.0  # while an old one drains
+REPORT_S: Final = 5.0  # while a new one boots or an old one drains
 
 #: With `all`: who receives before who sends, so that a message with something new finds a reader that knows it.
 ROLE_ORDER: Final = ("provider", "routing", "guardian")
 ALL: Final = "all"
 
+T = TypeVar("T")
 #: Takes a line of progress.
 Report = Callable[[str], None]
 #: Whether everybody who should has heard of the process with this metrics URL.
@@ -72,23 +73,17 @@ class Roll:
         name, old_pid = old.spec.name, old.pid
         report(f"{name}: starting a replacement of pid {old_pid}")
         fresh = self._supervisor.start(old.spec)
-        fault = await self._boot(fresh)
+        fault = await _told(self._boot(fresh), report, f"{name}: its replacement is not ready yet")
         if fault:
             await self._supervisor.drop(fresh, at_once=not fresh.ready.is_set())
             raise NotReplaced(f"{name}: its replacement {fault} (log: {old.spec.log}); pid {old_pid} goes on")
-        new_pid = fresh.pid
-        report(f"{name}: pid {new_pid} is ready, pid {old_pid} drains")
-        dropping = asyncio.create_task(self._supervisor.drop(old))
-        try:
-            while not (await asyncio.wait({dropping}, timeout=REPORT_S))[0]:
-                report(f"{name}: pid {old_pid} still drains after {time.monotonic() - began:.0f} s")
-        finally:
-            dropping.cancel()
+        report(f"{name}: pid {fresh.pid} is ready, pid {old_pid} drains")
+        await _told(self._supervisor.drop(old), report, f"{name}: pid {old_pid} still drains")
         if old.killed:
-            raise NotReplaced(f"{name}: pid {old_pid} did not end in time and was killed; pid {new_pid} serves")
+            raise NotReplaced(f"{name}: pid {old_pid} did not end in time and was killed; pid {fresh.pid} serves")
         seconds = round(time.monotonic() - began, 1)
         report(f"{name}: pid {old_pid} has ended ({seconds} s)")
-        return {"name": name, "old": old_pid, "new": new_pid, "seconds": seconds}
+        return {"name": name, "old": old_pid, "new": fresh.pid, "seconds": seconds}
 
     async def _boot(self, fresh: Slot) -> str:
         """Until it is ready and heard; why not, or nothing."""
@@ -99,7 +94,7 @@ class Roll:
             ready.cancel()
             died.cancel()
         if fresh.died.is_set():
-            return "ended at once"
+            return "ended before it was ready"
         if not fresh.ready.is_set():
             return f"was not ready within {READY_S:g} s"
         end = time.monotonic() + HEARD_S
@@ -107,4 +102,16 @@ class Roll:
             if time.monotonic() > end:
                 return f"was not heard by every ingress within {HEARD_S:g} s"
             await asyncio.sleep(HEARD_POLL_S)
-        return "ended at once" if fresh.died.is_set() else ""
+        return "ended as soon as it was ready" if fresh.died.is_set() else ""
+
+
+async def _told(work: Coroutine[Any, Any, T], report: Report, text: str) -> T:
+    """Its result; what is being waited for is said every REPORT_S."""
+    began = time.monotonic()
+    task = asyncio.create_task(work)
+    try:
+        while not (await asyncio.wait({task}, timeout=REPORT_S))[0]:
+            report(f"{text} after {time.monotonic() - began:.0f} s")
+    finally:
+        task.cancel()
+    return task.result()

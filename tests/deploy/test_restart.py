@@ -78,7 +78,7 @@ def test_a_replacement_that_dies_leaves_the_old_one(fleet: Callable[..., Up], tm
     flag.touch()
     done = one.cli_run("restart", "routing", "--json")
     assert (done.returncode, done.stdout) == (1, "")
-    assert "routing.1: its replacement ended at once" in done.stderr
+    assert "routing.1: its replacement ended before it was ready" in done.stderr
     assert f"pid {before['routing'][0]} goes on" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert one.run["pids"] == before
@@ -163,15 +163,18 @@ async def heard(_metrics: str) -> bool:
 async def test_a_replacement_that_is_never_ready(
     supervisor: supervise.Supervisor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is ended without a drain: it holds nothing."""
+    """It is ended without a drain: it holds nothing. Meanwhile it is said what is waited for."""
     monkeypatch.setattr(roll, "READY_S", 0.3)
+    monkeypatch.setattr(roll, "REPORT_S", 0.1)
+    said: list[str] = []
     flag = tmp_path / "mute"
     old = supervisor.start(spec(tmp_path, f"mute={flag}", f"drains={tmp_path / 'never'}", grace=60))
     await old.ready.wait()
     flag.touch()
     async with asyncio.timeout(10):
         with pytest.raises(roll.NotReplaced, match=rf"was not ready within 0.3 s .*; pid {old.pid} goes on"):
-            await roll.Roll(supervisor, heard).run("guardian", print)
+            await roll.Roll(supervisor, heard).run("guardian", said.append)
+    assert "guardian.1: its replacement is not ready yet after 0 s" in said
     assert supervisor.slots == [old]
     assert old.ready.is_set()
     (tmp_path / "never").touch()

@@ -225,6 +225,37 @@ async def test_drain_ends_what_does_not_finish(
     assert named == [f"{one.label} ({one.rid})" for one in (asked, ask)], "S1-H5c: the log names them"
 
 
+async def test_a_body_that_does_not_come_holds_nobody_up(make_world: MakeWorld) -> None:
+    """A client that sends its body for a minute has as long as a whole answer, once we leave as the last one."""
+    world = await make_world(SHUTDOWN_DRAIN_MS="200", SHUTDOWN_STREAM_DRAIN_MS="60000")
+    _, writer = await asyncio.open_connection("127.0.0.1", world.ingress.port)
+    writer.write(REQUEST[:-5])
+    async with asyncio.timeout(3):
+        while not world.ingress.in_flight():
+            await asyncio.sleep(0)
+        await world.ingress.drain()
+    writer.close()
+
+
+async def test_a_port_that_was_taken_meanwhile(
+    world: World, http: aiohttp.ClientSession, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The last one cannot listen again: it says so once and serves what it has."""
+    sibling = await world.add("ingress", "in2")
+    ask, stream = await begin(world, http)
+    draining = asyncio.ensure_future(world.ingress.drain())
+    await turned(world, draining=False)
+    with socket.create_server(("127.0.0.1", world.ingress.port)):
+        world.workers.remove(sibling)
+        sibling.beat(draining=True)
+        await asyncio.sleep(0.35)
+        world.provider.send(ask, world.provider.end(ask, SUMMARY))
+        assert (await stream.read()).endswith(b"data: [DONE]\n\n")
+        async with asyncio.timeout(3):
+            await draining
+    assert caplog.text.count("cannot listen again") == 1
+
+
 # ---- the listening socket
 
 
