@@ -177,10 +177,12 @@ async def roll(
             full = await capacity(client)
             load.rate = 0.7 * full
             say(f"{full:.0f} requests/s at full speed beside {streams} streams; offering {load.rate:.0f}/s")
-        restarted = await restart(up, role, say)
-        load.stop()
-        say(f"waiting for {load.open_streams} streams to end")
-        await running
+        try:
+            restarted = await restart(up, role, say)
+        finally:
+            load.stop()
+            say(f"waiting for {load.open_streams} streams to end")
+            await running
     return Result(
         restarted, load.asked, load.sdk_errors, load.sdk_answers, load.held_back, round(time.monotonic() - began, 1)
     )
