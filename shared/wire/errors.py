@@ -170,6 +170,15 @@ class TenantBusy(ClientError):
         super().__init__(message, param=param, retry_after_ms=retry_after_ms)
 
 
+class NotRead(ClientError):
+    """The client took nothing for too long: said by the provider to askers that do not cut such clients themselves."""
+
+    status = 408
+    type = "timeout_error"
+    code = "not_read"
+    message = "The answer was not read for too long, so it was ended."
+
+
 # ---- the provider's --------------------------------------------------------------------------------------------------
 
 

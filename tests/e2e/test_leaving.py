@@ -221,3 +221,30 @@ async def test_before_the_request_is_whole(up: Up, sim: Sim, tenant: Callable[..
     counts = await invariants.check(up, sim, made, [], before)
     assert counts["calls billed"] == 0
     assert not await asyncio.to_thread(entries, up, made["tenant"])
+
+
+async def test_many_leave_with_megabytes_on_their_way(
+    up: Up, sim: Sim, tenant: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """I1: an upstream whose client reads nothing has written megabytes ahead when it leaves; all of it is billed, so
+    all of it is read and counted, though twelve at once take longer than CANCEL_DRAIN_MS."""
+    made = await asyncio.to_thread(tenant, "--limit-usd", "100")
+    loop, count = asyncio.get_running_loop(), 12
+    asked, socks = [], []
+    for _ in range(count):
+        prompt = invariants.prompt(20_000)
+        socks.append(await streams.connect(up.url, 8192))
+        await loop.sock_sendall(socks[-1], streams.request(made["key"], prompt, timeout_ms=60_000))
+        asked.append(Asked(prompt=prompt, seen=Seen(status=200, left=True)))
+    assert await asyncio.to_thread(sim.wait, 10_000, calls=count)
+    assert await asyncio.to_thread(sim.wait, 10_000, ended=count), "1.1 MB each fit into the sockets"
+    for sock in socks:
+        close(sock, "rst")
+    counts = await invariants.check(up, sim, made, asked)
+    over = excess(up, sim, made["tenant"])
+    with capsys.disabled():
+        written = sum(line["output_tokens"] for line in sim.bill())
+        print(f"\n{count} left unread, {written} tokens written; settled tokens over the bill {over}")
+        print(invariants.show(counts))
+    assert counts["calls settled"] + counts["calls settled (estimated)"] == count
+    assert max(over) <= ALLOWANCE

@@ -89,7 +89,7 @@ class Provider:
         self._bus = ctx.bus
         self._behind = Behind(ctx.state.ledger, ctx.log, tombstone_ms=ctx.settings.ledger_tombstone_ms)
         self.mux = Mux(ctx.bus, self.name, ctx.instance, self.loop, ctx.settings.reply_mux_ms / 1000)
-        self._control = Control(self.mux, ctx.rosters, self.loop)
+        self._control = Control(self.mux, ctx.rosters, self.loop, ctx.settings.client_stalled_ms / 1000)
         self.outcomes = OutcomeLog(ctx.bus, self.loop)
         self._make_targets()
         self._metrics(ctx)

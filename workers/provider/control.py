@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from shared.bus.roster import Roster
+from shared.wire import errors
 from shared.wire.messages import Cancel, Credit
 from workers.provider.mux import Mux, Pair
 
@@ -14,14 +15,18 @@ LOOK_S: Final = 0.5
 #: A look that is so late means that our own loop stood still: everybody is granted one beat.
 LATE_S: Final = 0.25
 GRACE_S: Final = 0.5
-#: What waits for a client that takes nothing is dropped; the asker cuts such a client after 60 s itself.
-STALLED_S: Final = 90.0
+#: What waits for a client that takes nothing is dropped after this many times CLIENT_STALLED_MS: an ingress cuts such a
+#: client by itself, direct publishers may not.
+STALLED_TIMES: Final = 1.5
 
 
 class Control:
     """Owns one timer; `message` is called for each control message."""
 
-    def __init__(self, mux: Mux, rosters: Mapping[str, Roster], loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, mux: Mux, rosters: Mapping[str, Roster], loop: asyncio.AbstractEventLoop, client_stalled_s: float
+    ) -> None:
+        self._stalled_s = client_stalled_s * STALLED_TIMES
         self._mux = mux
         self._rosters = rosters
         self._loop = loop
@@ -60,6 +65,9 @@ class Control:
     def _cut(self, pair: Pair, now: float) -> None:
         silent = now - pair.heard > UNHEARD_S
         for channel in list(pair.channels.values() if silent else pair.waiting.values()):
-            if silent or now - channel.stalled_since > STALLED_S:
+            if silent:
                 channel.close()
-                channel.on_cancel("unheard" if silent else "stalled")
+                channel.on_cancel("unheard")
+            elif now - channel.stalled_since > self._stalled_s:
+                channel.give_up(errors.NotRead().body())
+                channel.on_cancel("stalled")

@@ -6,8 +6,9 @@ Driven by the connection's callbacks; the request's task sleeps on one future un
                   -> DRAIN -> over               cancelled, timed out, or broken in mid-body
 
 DRAIN counts what was generated: on a plain connection our side is shut down, the upstream notices, and everything it
-wrote before is still read (for `drain_s` at most) and counted, though nobody gets it. A TLS connection is aborted, and
-the settlement adds an allowance for what was on its way.
+wrote before is still read and counted, though nobody gets it: for `drain_s`, and on while there is more, since behind a
+client that did not read megabytes may wait. A TLS connection is aborted (one that was paused is read first, likewise),
+and the settlement adds an allowance for what was on its way.
 
 Nothing is given out before something billed has come (`translator.started`): until then another endpoint may serve.
 """
@@ -22,14 +23,9 @@ from shared.core.translators.failures import MAX_BODY as MAX_ERROR_BODY
 from shared.service.killat import reach, reach_soon
 from shared.wire import errors
 from shared.wire.errors import HotpathError, UpstreamError
+from workers.provider.bounds import MAX_DRAIN_S, MAX_PREFIX, TAIL_S
 from workers.provider.ended import Ended, Limits, content_length, failure_of, mode_of, refused, unsent
 from workers.provider.upstream import Connection, Lost, Pool
-
-#: After the last finish_reason the usage and the terminal follow at once; a server that keeps silent for so long will
-#: send neither, and the client waits for its last chunk.
-TAIL_S: Final = 2.0
-#: Chunks without anything billed that are held back until the first token: a role chunk, filter results.
-MAX_PREFIX: Final = 65_536
 
 DIAL: Final = 0
 SENT: Final = 1
@@ -344,17 +340,21 @@ class Exchange:
         self._failure = failure
         self._phase = DRAIN
         connection = self._connection
-        if connection is None or not connection.half_close():
+        if connection is None or not (connection.half_close() or self._paused):
             self._finish(self._ended(complete=False))
             return
         connection.pause(paused=False)
         if self._timer is not None:
             self._timer.cancel()
+        self._timer_due = self._loop.time() + MAX_DRAIN_S
         self._timer = self._loop.call_later(self._limits.drain_s, self._drained)
 
     def _drained(self) -> None:
-        self._timer = None
-        self._finish(self._ended(complete=False))
+        connection, self._timer = self._connection, None
+        if connection is not None and connection.has_unread() and self._loop.time() < self._timer_due:
+            self._timer = self._loop.call_later(self._limits.drain_s, self._drained)
+        else:
+            self._finish(self._ended(complete=False))
 
     def _complete(self) -> None:
         self._finish(Ended(outcome=True, billed=True, complete=True, body=self._whole))

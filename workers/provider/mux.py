@@ -195,6 +195,11 @@ class Channel:
         """The bad one."""
         self._terminal(Failed(*self._key, 0, error, head, hops))
 
+    def give_up(self, error: ErrorBody) -> None:
+        """What waits is not taken: drop it, and tell the asker."""
+        self._queue.clear()
+        self.failed(error, self._head, ())
+
     def credit(self, taken: int) -> None:
         """The asker's client has taken this many bytes in all."""
         if self._taken < taken <= self.sent:
@@ -220,6 +225,8 @@ class Channel:
             pair.put(Delta(*self._key, self._next(), piece, head), len(piece) + (_HEAD if head else _OVERHEAD))
             self.stalled_since = pair._mux.loop.time()  # noqa: SLF001 - one module, one clock
         if queue:
+            if self._key not in pair.waiting:  # nothing of it may have gone now, when others filled the pair's window
+                self.stalled_since = pair._mux.loop.time()  # noqa: SLF001 - one module, one clock
             pair.waiting[self._key] = self
         else:
             pair.waiting.pop(self._key, None)

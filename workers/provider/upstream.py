@@ -116,6 +116,10 @@ class Connection(asyncio.BufferedProtocol):
             else:
                 self._transport.resume_reading()
 
+    def has_unread(self) -> bool:
+        """Whether bytes (or its end) have come that the loop has not read yet."""
+        return not self.closed and bool(self._poll.poll(0))
+
     def half_close(self) -> bool:
         """Say that we send no more, and go on reading; False when that is not possible (TLS)."""
         if self.closed or not self._transport.can_write_eof():
@@ -147,9 +151,9 @@ class Connection(asyncio.BufferedProtocol):
     def usable(self, now: float) -> bool:
         """Whether an idle connection may carry a request: young enough, and nothing to be read from it (a close we have
         not yet been told of, or bytes that belong to nobody)."""
-        if self.closed or self._transport.is_closing() or now - self.idle_since > self.keep_s:
+        if self._transport.is_closing() or now - self.idle_since > self.keep_s:
             return False
-        return not self._poll.poll(0)
+        return not self.closed and not self.has_unread()
 
     # ---- asyncio.Protocol --------------------------------------------------------------------------------------------
 

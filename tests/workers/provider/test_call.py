@@ -617,6 +617,25 @@ async def test_an_asker_that_falls_silent_is_given_up(valkey_url: str, monkeypat
         assert (entry.cost, entry.estimated) == (line["cost_nano_usd"], True)
 
 
+async def test_a_client_that_takes_nothing_is_given_up(valkey_url: str) -> None:
+    """faults 58, 59: after 1.5 times CLIENT_STALLED_MS its asker is told so, behind the text; what the upstream had
+    written meanwhile, megabytes ahead in the sockets, is settled at no less than its bill (I1)."""
+    async with running(valkey_url, CLIENT_STALLED_MS="600") as rig:
+        rig.asker.credits = False
+        request = await rig.send("[[sim chunks=30000]]", cap=100_000)
+        for _ in range(16):
+            rig.beat()
+            await asyncio.sleep(0.1)
+        answer = await rig.answer(request)
+        assert answer.failed.error.code == "not_read"
+        assert rig.asker.taken[request.reply.stream, 1] == WINDOW
+        [line], [entry] = await rig.bill(request.rid), await rig.settled(request.rid)
+        print(line, entry)
+        assert entry.estimated
+        assert line["cost_nano_usd"] <= entry.cost <= line["cost_nano_usd"] + 32 * 600
+        assert rig.provider.mux.open_channels == 0
+
+
 async def test_drain_lets_streams_finish_and_takes_nothing_new(valkey_url: str) -> None:
     """D8."""
     async with running(valkey_url) as rig:

@@ -181,6 +181,34 @@ async def test_a_pair_stops_at_its_window(monkeypatch: pytest.MonkeyPatch) -> No
     assert desk.told == [(2, True), (2, False)]
 
 
+async def test_who_waits_for_others_is_not_stalled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """I10: a stream that was never paused and finds the pair's window filled by others waits from now on, not since
+    the process began: it used to be cut at the next look."""
+    monkeypatch.setattr(mux_module, "PAIR_WINDOW", WINDOW)
+    desk = Desk()
+    full, other = desk.open(1), desk.open(2)
+    began = desk.mux.loop.time()
+    full.write(bytes(WINDOW))
+    other.write(b"waits")
+    assert desk.told == [(2, True)]
+    assert other.stalled_since >= began > 0
+
+
+async def test_what_is_given_up_ends_in_an_error() -> None:
+    """The text so far, then the error in its place in the sequence; the rest is dropped."""
+    desk = Desk()
+    channel = desk.open()
+    channel.write(bytes(WINDOW + 10))
+    channel.end(SUMMARY, ())
+    channel.give_up(ERROR)
+    await asyncio.sleep(0.03)
+    frames = desk.wire.frames()
+    assert len(desk.wire.data()) == WINDOW
+    assert [frame.seq for frame in frames] == list(range(len(frames)))
+    assert isinstance(frames[-1], Failed)
+    assert channel.closed
+
+
 async def test_a_bus_that_is_away_costs_frames_not_the_process() -> None:
     desk = Desk()
     channel = desk.open()
