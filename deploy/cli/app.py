@@ -144,6 +144,7 @@ def doctor_(json_out: Json = False, data: Data = "") -> None:
 
 @main.command("env")
 def env(
+    role: Annotated[str, typer.Option(help="Only what this role needs (systemd, Kubernetes).")] = "",
     example: Annotated[bool, typer.Option("--example", help="Every setting with its default instead.")] = False,
     json_out: Json = False,
     data: Data = "",
@@ -159,7 +160,11 @@ def env(
     def text(found: dict[str, str]) -> str:
         return "\n".join(f"{name}={value}" for name, value in found.items())
 
-    _act(data, json_out, lambda _: envfile.lines(data), text)
+    def work(_: Where) -> dict[str, str]:
+        found = envfile.lines(data)
+        return envfile.of_role(found, role) if role else found
+
+    _act(data, json_out, work, text)
 
 
 @main.command()

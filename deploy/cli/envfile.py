@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from deploy import servers
 from deploy.cli import confs, credentials, fleet
 from deploy.cli.where import find
+from shared.settings import load as load_settings
 
 NATS_PORT: Final = 4222
 REDIS_PORT: Final = 6379
@@ -64,6 +65,17 @@ def lines(data: str, env: Mapping[str, str] | None = None) -> dict[str, str]:
     # honcho runs commands through a shell: `python` and `hotpath` are to be those of this environment.
     found["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
     return found
+
+
+def of_role(found: Mapping[str, str], role: str) -> dict[str, str]:
+    """Of those what one role needs: no other role's NATS user, and the providers' keys for the providers only.
+
+    Raises ValueError for what is no role.
+    """
+    if role not in credentials.ROLES:
+        raise ValueError(f"--role {role}: expected {', '.join(credentials.ROLES)}")
+    keys = fleet.provider_keys(load_settings(dict(found)).hotpath_catalog)
+    return fleet.own_env(role, found, (), keys)
 
 
 def _nats(url: str, secrets: Mapping[str, str]) -> dict[str, str]:

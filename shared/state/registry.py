@@ -101,6 +101,10 @@ class RedisRegistry:
         """Keys asked for in vain and remembered for a moment."""
         return len(self._unknown)
 
+    def knows(self, tenant: str) -> bool:
+        """Whether this is a tenant of ours, as far as this copy goes."""
+        return tenant in self._tenants
+
     def tenants(self) -> list[str]:
         """The ids of all tenants: what the idle sweep walks."""
         return list(self._tenants)

@@ -184,6 +184,18 @@ def test_env_of_given_servers(tmp_path: Path) -> None:
     assert "HOTPATH_CATALOG" not in found
 
 
+def test_env_of_a_role(tmp_path: Path) -> None:
+    """For runners that can give each process its own environment: its own NATS user, and a provider the keys."""
+    whole = envfile.lines(str(tmp_path / "d"), {"GATEWAY_PORT": "1", "OPENAI_API_KEY": "sk-1"})
+    for role in ("ingress", "guardian", "routing", "provider"):
+        found = envfile.of_role(whole, role)
+        assert [name for name in found if name.startswith("NATS_URL")] == [f"NATS_URL_{role.upper()}"]
+        assert (found["OPENAI_API_KEY"] == "sk-1") is (role == "provider")
+        assert found["KEY_PEPPER"] == whole["KEY_PEPPER"]
+    with pytest.raises(ValueError, match="--role operator: expected ingress"):
+        envfile.of_role(whole, "operator")
+
+
 # ---- doctor ----------------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from shared.core.overload import Queue, Shares
 from shared.core.translators import registry
 from shared.core.translators.base import Dialect
 from shared.service.killat import reach
-from shared.state.base import Clock, StateUnavailable
+from shared.state.base import Clock, Principal, StateUnavailable
 from shared.state.behind import Behind, Settle
 from shared.wire import errors, subjects
 from shared.wire.errors import HotpathError
@@ -192,7 +192,8 @@ class Provider:
                 message, errors.LedgerDown("The budget ledger has not been reachable since this provider started.")
             )
             return
-        if self.state.registry.lookup(ask.tenant, ask.key) is None:
+        principal = self.state.registry.lookup(ask.tenant, ask.key)
+        if principal is None:
             if len(self._checks) >= self.capacity:
                 self._refuse(message, errors.Overloaded())
                 return
@@ -200,36 +201,40 @@ class Provider:
             self._checks.add(task)
             task.add_done_callback(self._checks.discard)
         else:
-            self._take(message, since)
+            self._take(message, principal, since)
 
     async def _check(self, message: Call) -> None:
         """Our own copy does not know the key (DESIGN 3): one made a moment ago is asked for."""
         ask = message.ask
-        # a key revoked on the way has something to give back; a tenant that is none of ours gets no keys in Redis
-        ours = ask.tenant in self.state.registry.tenants()
         try:
             known = await self.state.registry.find(ask.tenant, ask.key)
         except StateUnavailable:
-            self._refuse(message, errors.RegistryDown(), void=ours)
+            self._refuse(message, errors.RegistryDown())
             return
         if known is None:
-            self._refuse(message, errors.Unauthorized(), void=ours)
+            self._refuse(message, errors.Unauthorized())
         else:
-            self._take(message, time.monotonic())
+            self._take(message, known, time.monotonic())
 
-    def _take(self, message: Call, since: float) -> None:
+    def _objection(self, message: Call, principal: Principal) -> HotpathError | None:
+        """Why this request is not begun here, if so."""
         if message.ask.v > VERSION:
-            self._refuse(message, errors.NewerVersion())
-            return
+            return errors.NewerVersion()
         if self._draining or len(self._walks) >= self.capacity:
-            self._refuse(message, errors.ShuttingDown() if self._draining else errors.Overloaded())
+            return errors.ShuttingDown() if self._draining else errors.Overloaded()
+        if message.admission.reserved:
+            return None
+        if principal.limited:  # D4, by our own copy too: whoever holds routing's user can say that nothing was reserved
+            return errors.LedgerDown()
+        if self._behind.full(len(self._walks)):
+            return errors.LedgerDown("The budget ledger is unreachable, and too much waits to be billed.")
+        return None
+
+    def _take(self, message: Call, principal: Principal, since: float) -> None:
+        if (error := self._objection(message, principal)) is not None:
+            self._refuse(message, error)
             return
         ask = message.ask
-        if not message.admission.reserved and self._behind.full(len(self._walks)):
-            self._refuse(
-                message, errors.LedgerDown("The budget ledger is unreachable, and too much waits to be billed.")
-            )
-            return
         # The ledger gives one holder the same answer each time it asks: here each delivery is walked once, whatever
         # stream number a repeated one names, or two upstream calls would be settled as one (I7).
         key = (ask.tenant, ask.rid, ask.delivery)
@@ -260,12 +265,13 @@ class Provider:
             channel.failed(errors.Overloaded().body(), None, message.hops)
             self.void(message)
 
-    def _refuse(self, message: Call, error: HotpathError, *, void: bool = True) -> None:
+    def _refuse(self, message: Call, error: HotpathError) -> None:
         try:
             fail(self._bus, self.name, self.instance, message.ask, error, hops=message.hops)
         except (BadSubject, BusUnavailable, PayloadTooLarge):
             self._ignored.inc()
-        if void:
+        registry = self.state.registry
+        if registry.knows(message.ask.tenant) or not registry.ready:  # a tenant that is none of ours gets no Redis keys
             self.void(message)
 
     def ended(self, walk: Walk, task: "asyncio.Task[None]") -> None:

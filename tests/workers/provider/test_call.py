@@ -532,6 +532,19 @@ async def test_what_is_not_taken_is_voided(
                 await asyncio.sleep(0.01)
 
 
+async def test_a_limit_holds_whatever_routing_says(valkey_url: str) -> None:
+    """D4, faults 3: a Call that was never reserved is served for a tenant without a limit only."""
+    async with running(valkey_url) as rig:
+        limited = await rig.ctx.state.create_key("limited", 1_000_000_000, "month")
+        free = await rig.ctx.state.create_key("free", None, "month")
+        await rig.ctx.state.registry.poll()
+        for made, code in ((limited, "ledger_unavailable"), (free, "")):
+            request = await rig.send("[[sim chunks=2]]", tenant=made.tenant_id, key=made.key_id, reserved=False)
+            answer = await rig.answer(request)
+            assert (answer.failed.error.code if code else answer.end) == (code or answer.end)
+            assert len(await rig.bill(request.rid)) == (0 if code else 1)
+
+
 async def test_a_tenant_that_is_none_gets_no_redis_keys(valkey_url: str) -> None:
     """Faults 3: whoever holds routing's user can name any tenant; not even a void is written for it."""
     async with running(valkey_url) as rig:
