@@ -149,6 +149,7 @@ class Chat:
 
     def _ask(self, visit: Visit, principal: Principal, chat: ChatRequest, timeout_ms: int, done: Done) -> Ask:
         desk = self._desk
+        now = desk.now_ms()
         return Ask(
             rid=visit.rid,
             tenant=principal.tenant,
@@ -162,7 +163,8 @@ class Chat:
             n=chat.n,
             done=done,
             timeout_ms=timeout_ms,
-            deadline=desk.now_ms() + timeout_ms,
+            deadline=now + timeout_ms,
+            answer_by=desk.answer_by(now, 1),
             epoch=self._epoch,
             body=chat.body,
         )

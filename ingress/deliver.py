@@ -112,6 +112,11 @@ class Desk:
         """From now on frames find it."""
         self.exchanges[exchange.number] = exchange
 
+    def answer_by(self, now_ms: int, delivery: int) -> int:
+        """Shared-clock ms until which somebody waits for this delivery's `Accepted`: its own time and those of the
+        deliveries that are left. A frozen worker that thaws later must not begin what was given up (DESIGN 3)."""
+        return now_ms + int((stream.MAX_DELIVERIES + 1 - delivery) * self.handoff.seconds * 1000)
+
     # The Sender keeps these two for a second after each send. They name the request instead of holding it, so that what
     # is over is freed at once: otherwise the collector would walk a second's worth of requests again and again.
 
@@ -259,7 +264,8 @@ class Exchange:
         desk = self.desk
         ask = self.ask
         if delivery > 1:
-            ask = self.ask = msgspec.structs.replace(ask, delivery=delivery, lost=lost)
+            answer_by = desk.answer_by(desk.now_ms(), delivery)
+            ask = self.ask = msgspec.structs.replace(ask, delivery=delivery, lost=lost, answer_by=answer_by)
         hop = Hop("ingress", desk.instance, desk.pid, desk.now_ms(), self.took_us)
         reach("ingress.before_publish")
         try:

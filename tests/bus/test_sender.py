@@ -31,13 +31,18 @@ class World:
             self.roster.on_beat(Beat(role="routing", instance=instance), self.now)
 
     def send(
-        self, payload: bytes = b"x", skip: frozenset[str] = frozenset(), tried: frozenset[str] = frozenset()
+        self,
+        payload: bytes = b"x",
+        skip: frozenset[str] = frozenset(),
+        tried: frozenset[str] = frozenset(),
+        fenced: bool = False,
     ) -> str:
         return self.sender.send(
             "routing",
             payload,
             skip=skip,
             tried=tried,
+            fenced=fenced,
             lost=lambda dead, following: self.lost.append((dead, following)),
             on_undeliverable=lambda: self.undeliverable.append(payload.decode()),
         )
@@ -144,6 +149,46 @@ async def test_who_did_not_answer_before_is_tried_last(world: World) -> None:
     assert world.send(skip=frozenset({"w2"}), tried=frozenset({"w1"})) == "w1"
     with pytest.raises(NoLiveInstance):
         world.send(skip=frozenset({"w1", "w2"}), tried=frozenset({"w1"}))
+
+
+async def test_what_a_killed_instance_had_not_read_goes_to_another(world: World, connect: Connect) -> None:
+    """faults 9, 11: NATS had delivered it, so no 503 comes; the look after 100 ms or 200 finds nobody there."""
+    first, second, seen, other = await connect("w1"), await connect("w2"), Seen(), Seen()
+    subscription = await first.subscribe(subjects.worker("routing", "w1"), seen)
+    await second.subscribe(subjects.worker("routing", "w2"), other)
+    world.beat("w1")
+    world.send(b"long ago", fenced=True)
+    world.now += 0.5
+    world.beat("w1")
+    world.send(b"not fenced")
+    world.send(b"unread", fenced=True)
+    await seen.count(3)
+    world.beat("w2")
+    await subscription.drain()
+    async with asyncio.timeout(2):
+        await other.count(1)
+    assert other.payloads == [b"unread"]
+    assert world.lost == [("w1", "w2")]
+    assert world.roster.heard("w1") is None
+    async with asyncio.timeout(2):
+        await other.count(2)
+    assert other.payloads[1:] == [b""], "who was sent something is asked after"
+    await asyncio.sleep(3 * sender.LOOK_S)
+    assert len(other.payloads) <= 3, "and after two looks no more"
+
+
+async def test_nobody_is_left_for_what_was_unread(world: World, connect: Connect) -> None:
+    worker, seen = await connect("w1"), Seen()
+    subscription = await worker.subscribe(subjects.worker("routing", "w1"), seen)
+    world.beat("w1")
+    world.send(b"unread", fenced=True)
+    await seen.count(1)
+    await subscription.drain()
+    async with asyncio.timeout(2):
+        while not world.undeliverable:
+            await asyncio.sleep(0.01)
+    assert world.undeliverable == ["unread"]
+    assert world.sender.kept == 0
 
 
 async def test_what_cannot_be_published_is_said_at_once(world: World) -> None:

@@ -41,6 +41,7 @@ ELSEWHERE = {
     "WORKER_ROLES=guardian,routing,provider python -m workers": "tests/deploy/test_honcho.py::test_one_worker_process",
     ".venv/bin/python -m tests.e2e.rounds --rounds 20": "tests/e2e/test_kills.py::test_killed_and_frozen_under_load",
     ".venv/bin/python -m tests.e2e.kill_points --times 3": "tests/e2e/test_kills.py::test_every_kill_point",
+    ".venv/bin/python -m tests.e2e.chaos --minutes 10": "tests/e2e/test_blows.py::test_a_few_seconds_of_chaos",
     ". .venv/bin/activate": "tests/deploy/test_fresh.py::test_a_fresh_clone",
 }
 

@@ -75,10 +75,9 @@ class Fleet:
 
     @property
     def dead(self) -> set[str]:
-        """The instances that were killed or stood still, by whomever."""
+        """The instances that are gone. Who stood still and lives settles late."""
         here = {pid for role in ROLES for pid in self.pids(role)}
-        gone = {instance for pid, instance in self._instances.items() if pid not in here}
-        return gone | {blow.instance for blow in self.blows}
+        return {instance for pid, instance in self._instances.items() if pid not in here}
 
     async def whole(self, *roles: str, within: float = WHOLE_S) -> None:
         """Until every process (of these roles) is there and was heard after the last blow."""

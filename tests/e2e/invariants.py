@@ -74,7 +74,7 @@ def text_of(asked: str) -> str | None:
 
 def baseline(up: Up) -> Baseline:
     """Before the run, all quiet."""
-    return Baseline({pid: _fds(pid) for pid in _workers(up)})
+    return Baseline({pid: descriptors(pid) for pid in _workers(up)})
 
 
 async def check(
@@ -206,7 +206,7 @@ def check_baseline(up: Up, before: Baseline | None, within: float = 8.0, spare_f
         grown = {
             pid: (count, now)
             for pid, count in (before.fds if before else {}).items()
-            if (now := _fds(pid)) > count + spare_fds
+            if (now := descriptors(pid)) > count + spare_fds
         }
         if not busy and not grown:
             return
@@ -245,7 +245,8 @@ def _in_flight(url: str) -> float:
         return 0.0
 
 
-def _fds(pid: int) -> int:
+def descriptors(pid: int) -> int:
+    """How many a process has open; 0 when it is gone."""
     try:
         return len(list(Path(f"/proc/{pid}/fd").iterdir()))
     except OSError:

@@ -76,7 +76,7 @@ def _in_time(
 ) -> None:
     holders = {entry.instance for entry in entries}
     lost = max((blow.at - shot.at for blow in near if blow.instance in holders and blow.at > shot.at), default=0.0)
-    added = shot.beyond - usual[shot.order.kind]
+    added = shot.beyond - usual.get(shot.order.kind, max(usual.values()))
     if len(entries) > 1:
         added -= lost
     allowed = max((FROZEN_S if blow.frozen else KILLED_S for blow in near), default=KILLED_S)

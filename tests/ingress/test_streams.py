@@ -412,6 +412,20 @@ async def test_a_refused_names_a_holder_that_has_been_frozen_for_long(
     empty(world)
 
 
+async def test_each_delivery_says_until_when_somebody_waits(world: World, http: aiohttp.ClientSession) -> None:
+    """DESIGN 3, stale work: four times the hand-off for the first delivery, once for the last; then 503."""
+    world.deaf = True
+    begun = world.ctx.state.clock.now()
+    posting = asyncio.ensure_future(http.post(world.url + CHAT, json=BODY))
+    asks = [await world.ask() for _ in range(4)]
+    async with await posting as answer:
+        assert answer.status == 503
+    ended = world.ctx.state.clock.now()
+    assert [ask.delivery for ask in asks] == [1, 2, 3, 4]
+    assert all(begun + 2000 <= ask.answer_by <= ended + 10 for ask in asks)
+    empty(world)
+
+
 async def test_the_holder_of_a_whole_answer_dies_with_half_of_it_here(
     world: World, http: aiohttp.ClientSession
 ) -> None:

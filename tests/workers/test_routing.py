@@ -169,7 +169,7 @@ async def test_garbage_is_dropped_and_counted(rig):
     rig.to_role(route(reply=ReplyTo("ingress", "y z", 1)))  # what it says about this one has nowhere to go
     rig.to_role(route())
     await rig.next_failed()
-    assert rig.role._refusals.unreadable == len(NOISE) + 2
+    assert rig.role._refusals.unreadable == len(NOISE) + 2 - NOISE.count(b"")  # an empty one asks after us
     assert rig.role._learner.lost == len(NOISE) + 1
     assert rig.ctx.bus.errors == {}
 

@@ -293,7 +293,9 @@ class Guardian:
         give_up = partial(self._give_up, ask, admission, hops)
         try:
             payload = encode(Route(ask=ask, admission=admission, hops=hops))
-            self._ctx.sender.send("routing", payload, on_undeliverable=partial(give_up, NoWorker()))
+            self._ctx.sender.send(
+                "routing", payload, on_undeliverable=partial(give_up, NoWorker()), fenced=admission.reserved
+            )
         except NoLiveInstance:
             give_up(NoWorker())
         except PayloadTooLarge:

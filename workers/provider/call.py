@@ -179,6 +179,8 @@ class Provider:
     # ---- requests ----------------------------------------------------------------------------------------------------
 
     def _on_call(self, _subject: str, _reply: str, payload: bytes, _no_responders: bool) -> None:
+        if not payload:  # routing asks after us; that we listen is the answer (bus/sender.py)
+            return
         reach("provider.on_message")
         try:
             message = decode_call(payload)

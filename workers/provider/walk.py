@@ -123,6 +123,10 @@ class Walk:
             self._fail(provider.gate.refusal(self._message.plan.steps).body())
             provider.void(self._message)
             return
+        if ask.answer_by and provider.clock.now() > ask.answer_by:  # somebody on its way was frozen, and thawed
+            self._fail(errors.NoWorker().body())
+            provider.void(self._message)
+            return
         if not await self._dispatch():
             return
         channel.accepted(provider.instance, self.call if self._message.admission.reserved else 0)

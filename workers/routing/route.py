@@ -84,6 +84,8 @@ class Routing:
         await self._behind.drain(timeout)
 
     def _on_route(self, _subject: str, _reply: str, payload: bytes, _no_responders: bool) -> None:
+        if not payload:  # somebody asks after us; that we listen is the answer (bus/sender.py)
+            return
         began = time.perf_counter()
         since = self._queue.read(self._loop.time())
         reach("routing.on_message")
@@ -127,6 +129,7 @@ class Routing:
                 "provider",
                 payload,
                 skip=frozenset((lost,)) if lost else _NOBODY,
+                fenced=route.admission.reserved,
                 on_undeliverable=partial(self._give_up, route, hops, NoWorker()),
             )
         except NoLiveInstance:

@@ -416,6 +416,19 @@ async def test_the_lost_workers_call_took_the_budget(valkey_url: str) -> None:
         await ledger.set_limit(tenant="default", period="lifetime", limit=None)
 
 
+async def test_a_delivery_that_nobody_waits_for_any_more(valkey_url: str) -> None:
+    """faults 17: who handed it on was frozen and thawed; its client has been told 503. No call, nothing held."""
+    async with running(valkey_url) as rig:
+        request = await rig.send(answer_by=rig.ctx.state.clock.now() - 1)
+        assert (await rig.answer(request)).failed.error.code == "no_worker"
+        async with asyncio.timeout(5):
+            while not [entry for entry in await rig.entries(request.rid) if entry.state == "voided"]:
+                await asyncio.sleep(0.01)
+        assert await rig.bill(request.rid) == []
+        request = await rig.send(answer_by=rig.ctx.state.clock.now() + 2000)
+        assert (await rig.answer(request)).end.summary.settled
+
+
 async def test_a_dispatch_in_doubt_makes_no_call(valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """DESIGN 3: asked again once, then 503 and nothing charged, though Redis had said yes."""
     async with running(valkey_url) as rig:
