@@ -18,7 +18,7 @@ from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import RequestHandler, RequestPayloadError, _ErrInfo
 from msgspec import Struct
 
-from ingress import kernel
+from ingress import kernel, quirks
 from ingress.framing import BadFraming, Framing
 from shared.wire import errors
 
@@ -225,6 +225,15 @@ class Connection(RequestHandler):
         self._body.set_exception(RequestPayloadError("bad framing"))
         return True
 
+    async def start(self) -> None:
+        """Aiohttp's loop over the requests of this connection. What fails in it outside a handler ends the connection;
+        by itself it would stay open for ever, with no timer on it."""
+        try:
+            await super().start()
+        finally:
+            if self.transport is not None:
+                self.transport.close()
+
     async def linger(self) -> None:
         """Say that no more comes, and read what the client still sends: closing at once would reset the connection and
         may take our answer with it (RFC 9112 9.6)."""
@@ -298,7 +307,7 @@ class Connection(RequestHandler):
         error = more.get("exc_info")
         if isinstance(error, RequestPayloadError):  # a body nobody waited for: the connection closes, and that is all
             return
-        self.logger.error(str(args[0]) if args else "", exc_info=_masked(error))
+        self.logger.error(str(args[0]) if args else "", exc_info=quirks.masked(error))
 
     def _late(self) -> None:
         self._head_timer = None
@@ -319,7 +328,7 @@ class Server(web.Server):
         crowded: Callable[[], bool], answer_unparsed: Callable[[bytes], bytes], max_connections: int, timers: Timers,
         log: logging.Logger,
     ) -> None:  # fmt: skip
-        super().__init__(handler, handler_cancellation=True)
+        super().__init__(handler, request_factory=quirks.make_request, handler_cancellation=True)
         self.timers = timers
         self._refuse = refuse
         self.read = read  # Queue.read
@@ -352,16 +361,12 @@ class Server(web.Server):
             return
         transport.write_eof()
         self.turned_away.add(transport)
-        self._loop.call_later(LINGER_S, self._close_turned_away, transport)
-
-    def _close_turned_away(self, transport: asyncio.Transport) -> None:
-        self.turned_away.discard(transport)
-        transport.close()
+        self._loop.call_later(LINGER_S, transport.close)
 
     def refuse(self, status: int, exc: BaseException | None) -> Reply:
         """The answer to what aiohttp refused, or to a handler that failed."""
         if status >= 500:
-            self._log.error("handler failed", exc_info=_masked(exc))
+            self._log.error("handler failed", exc_info=quirks.masked(exc))
             return self._refuse(errors.HotpathError())
         if status == errors.MethodNotAllowed.status:
             return self._refuse(errors.MethodNotAllowed())
@@ -392,8 +397,3 @@ class Server(web.Server):
         for transport in self.turned_away:
             transport.abort()
         await super().shutdown(timeout)
-
-
-def _masked(exc: BaseException | None) -> Any:
-    """The exception's type and traceback without its text, which may quote the client (I9)."""
-    return None if exc is None else (RuntimeError, RuntimeError(type(exc).__name__), exc.__traceback__)

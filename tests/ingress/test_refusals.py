@@ -301,6 +301,17 @@ async def test_64_other_protocols(world: World, data: bytes) -> None:
     assert status in {0, 400, 405}
 
 
+@pytest.mark.parametrize("line", [b"CONNECT \r\n", b"CONNECT \n", b"CONNECT  HTTP/1.1\r\n"])
+async def test_68_connect_to_nowhere(world: World, line: bytes) -> None:
+    """aiohttp's loop failed on a message without a URL; the connection then stayed open without any timer."""
+    status, _, _ = await raw(world, line + HOST + b"\r\n")
+    assert status == 405
+    upgrade = b"GET /health HTTP/1.1\r\n" + HOST + b"Upgrade: websocket\r\nConnection: upgrade\r\n\r\n"
+    status, _, rest = await raw(world, upgrade + line + HOST + b"\r\n")
+    assert status == 200
+    assert b"HTTP/1.1 405 " in rest or b"HTTP/1.0 405 " in rest
+
+
 async def test_68_connect_and_trace(world: World) -> None:
     for line in (b"CONNECT example.com:443 HTTP/1.1\r\n", b"TRACE /v1/models HTTP/1.1\r\n"):
         status, _, body = await raw(world, line + HOST + b"\r\n")
