@@ -261,11 +261,27 @@ class Provider:
         task.add_done_callback(walk.done)
 
     async def _begin(self, walk: Walk, channel: Channel, message: Call, since: float) -> None:
-        if self.queue.begin(since, time.monotonic()):
+        error: HotpathError | None = None
+        if not self.queue.begin(since, time.monotonic()):
+            error = errors.Overloaded()
+        elif not message.admission.reserved:
+            error = self._stale(message)
+        if error is None:
             await walk.run(channel)
         else:
-            channel.failed(errors.Overloaded().body(), None, message.hops)
+            channel.failed(error.body(), None, message.hops)
             self.void(message)
+
+    def _stale(self, message: Call) -> HotpathError | None:
+        """What stops an old request that no fence of the ledger stops, e.g. in the backlog of a process that thawed.
+
+        Its asker has made another delivery by now, which may have been served.
+        """
+        now = self.clock.now()
+        if message.ask.deadline and now >= message.ask.deadline:
+            return errors.DeadlineExceeded()
+        sent = message.hops[-1].at if message.hops else now  # routing's own hop, by the clock that all share
+        return errors.Overloaded() if now - sent > self.settings.handoff_timeout_ms else None
 
     def _refuse(self, message: Call, error: HotpathError) -> None:
         try:

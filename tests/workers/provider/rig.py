@@ -215,7 +215,7 @@ class Rig:
     async def send(
         self, prompt: str = "hi", *, stream: bool = True, steps: tuple[Step, ...] = (Step("sim", "sim-fast"),),
         max_calls: int = 3, reserved: bool = True, cap: int = 1000, extra: dict[str, Any] | None = None,
-        wait_s: float = 0, **fields: Any,
+        wait_s: float = 0, age_ms: int = 0, **fields: Any,
     ) -> Ask:  # fmt: skip
         """Reserve as a guardian does and hand the request to the provider."""
         request = self.ask(prompt, stream=stream, extra=extra or {}, **fields)
@@ -231,7 +231,8 @@ class Rig:
             )  # fmt: skip
             assert found.status == "ok"
         await asyncio.sleep(wait_s)
-        hops = tuple(Hop(role, role, 1, 1) for role in ("ingress", "guardian", "routing"))
+        at = self.ctx.state.clock.now() - age_ms
+        hops = tuple(Hop(role, role, 1, at) for role in ("ingress", "guardian", "routing"))
         self.publish(Call(ask=request, admission=admission, plan=Plan(steps=steps, max_calls=max_calls), hops=hops))
         return request
 

@@ -576,6 +576,20 @@ async def test_a_passed_deadline_is_refused_by_the_dispatch(valkey_url: str) -> 
         assert await rig.bill(request.rid) == []
 
 
+@pytest.mark.parametrize(
+    ("age_ms", "left_ms", "code"), [(501, 30_000, "overloaded"), (0, -1, "deadline_exceeded"), (400, 30_000, "")]
+)
+async def test_an_old_request_without_a_fence_never_runs(valkey_url: str, age_ms: int, left_ms: int, code: str) -> None:
+    """DESIGN 3: unreserved, nothing in the ledger stops a delivery that lay in a frozen process: its asker has made
+    another one (HANDOFF_TIMEOUT_MS) or given up."""
+    async with running(valkey_url) as rig:
+        deadline = rig.ctx.state.clock.now() + left_ms
+        request = await rig.send("[[sim chunks=2]]", reserved=False, deadline=deadline, age_ms=age_ms)
+        answer = await rig.answer(request)
+        assert (answer.failed.error.code if code else "") == code
+        assert len(await rig.bill(request.rid)) == (0 if code else 1)
+
+
 async def test_junk_on_the_subject_is_ignored(valkey_url: str) -> None:
     async with running(valkey_url) as rig:
         for payload in (*NOISE, b"\x81\xa4kind\xa5admit"):
