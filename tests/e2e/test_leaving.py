@@ -2,6 +2,7 @@
 faults 53-56). Times are the simulator's: when the connection of its call ended, against when the client closed."""
 
 import asyncio
+import errno
 import os
 import signal
 import socket
@@ -16,7 +17,7 @@ from msgspec import Struct
 
 from shared.service import killat
 from tests.e2e import invariants
-from tests.e2e.books import OUTPUT_NANO, entries
+from tests.e2e.books import OUTPUT_NANO, entries, level
 from tests.e2e.drive import Client, Seen
 from tests.e2e.invariants import Asked
 from tests.e2e.rig import Up
@@ -138,7 +139,7 @@ async def test_after_the_last_token(up: Up, sim: Sim, tenant: Callable[..., Any]
 def armed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Up, Path]]:
     """A Hotpath whose processes stand still at named points (shared/service/killat.py)."""
     folder = tmp_path_factory.mktemp("points")
-    env = {"HOTPATH_TEST": "1", "KILLAT_DIR": str(folder), "LEDGER_LEASE_GRACE_MS": "1000"}
+    env = {"HOTPATH_TEST": "1", "KILLAT_DIR": str(folder), "LEDGER_LEASE_GRACE_MS": "1000", "CLIENT_STALLED_MS": "1500"}
     with Up(tmp_path_factory.mktemp("leaving") / "data", env=env) as up:
         yield up, folder
 
@@ -221,6 +222,32 @@ async def test_before_the_request_is_whole(up: Up, sim: Sim, tenant: Callable[..
     counts = await invariants.check(up, sim, made, [], before)
     assert counts["calls billed"] == 0
     assert not await asyncio.to_thread(entries, up, made["tenant"])
+
+
+async def test_a_client_that_takes_nothing_is_cut(armed: tuple[Up, Path]) -> None:
+    """faults 58, 59: after CLIENT_STALLED_MS its connection is reset and given back, what was written is settled."""
+    up, _ = armed
+    sim = Sim(up.run["simulator_url"])
+    sim.reset()
+    made = {"tenant": "stalled", **up.cli("keys", "create", "--tenant", "stalled", "--limit-usd", "1")}
+    before = invariants.baseline(up)
+    prompt = invariants.prompt(4000)
+    sock = await streams.connect(up.url, 8192)
+    began = time.monotonic()
+    await asyncio.get_running_loop().sock_sendall(sock, streams.request(made["key"], prompt, timeout_ms=60_000))
+    assert await asyncio.to_thread(sim.wait, 5000, calls=1)
+    pending = await asyncio.to_thread(
+        until, lambda: level(up, made["tenant"])["pending"], lambda held: held == 0, 10.0, 0.1
+    )
+    took = time.monotonic() - began
+    assert pending == 0
+    assert took > 1.5
+    counts = await invariants.check(up, sim, made, [Asked(prompt=prompt, seen=Seen(status=200, left=True))], before)
+    assert counts["calls billed"] == counts["left"] == 1
+    await asyncio.sleep(0.1)
+    assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNRESET
+    sock.close()
+    print(f"settled after {took:.1f} s")
 
 
 async def test_many_leave_with_megabytes_on_their_way(

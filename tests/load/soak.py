@@ -9,8 +9,8 @@ of a busy neighbour do not bend it) times the length of that half, is within the
     descriptors,   8: what was held at the first and the last look need not be the same moment of the same load
       tasks, ...
     kept messages  a quarter of their median, and 8: as many as were sent in the last second
-    Redis          entries and leases are as many as requests were settled in the last 20 s: a quarter of their median,
-                   since that rate is the machine's; used_memory the same and 2 MiB; keys 0
+    Redis          entries and leases for each request of the last 20 s, since that rate is the machine's: 0.1;
+                   used_memory a quarter of its median and 2 MiB; keys 0
     NATS           connections and subscriptions 0, memory as RSS
 
 The usage stream of JetStream comes with the usage records (a later issue): there is nothing of it to look at yet.
@@ -115,8 +115,8 @@ def allowed(name: str, median: float, requests: int) -> float:
     """See the module: how much a number may grow over a span in which so many requests were served."""
     if name.endswith("RSS MiB"):
         return max(3.0, requests * 32 / MIB)
-    if name in ("redis entries", "redis leases"):
-        return median / 4
+    if name in ("redis entries a request", "redis leases a request"):
+        return 0.1
     if name == "redis used MiB":
         return median / 4 + 2
     if name in ("redis keys", "nats connections", "nats subscriptions", "nats slow_consumers"):
@@ -148,12 +148,21 @@ class Soak:
             sample = await asyncio.to_thread(look, self._up, self._monitor)
             self.times.append(time.monotonic() - began)
             self.asked.append(hammer.asked)
-            self.samples.append(sample)
+            self.samples.append(self._by_rate(sample))
             if len(self.times) % 10 == 0:
                 rss = " ".join(f"{role} {sample[f'{role} RSS MiB']:.0f}" for role in ROLES)
                 self._say(f"{hammer.asked:7} of {requests} in {self.times[-1]:.0f} s; MiB: {rss}")
         asking.result()
         self.ended = hammer.ended
+
+    def _by_rate(self, sample: Sample) -> Sample:
+        """Entries and leases for each request of the time that they are remembered."""
+        since = self.times[-1] - TOMBSTONE_S
+        before = max((asked for when, asked in zip(self.times, self.asked, strict=True) if when <= since), default=0)
+        recent = max(1, self.asked[-1] - before)
+        for name in ("redis entries", "redis leases"):
+            sample[f"{name} a request"] = sample.pop(name) / recent
+        return sample
 
     def rows(self) -> list[tuple[str, float, float, float, float]]:
         """(what, in the middle, at the end, growth over the last half, allowed) of each number."""
@@ -178,7 +187,7 @@ def show(soak: Soak, console: Console) -> bool:
     for name, first, last, grown, bound in soak.rows():
         good = grown <= bound
         flat = flat and good
-        numbers = (f"{value:.1f}" for value in (first, last, grown, bound))
+        numbers = (f"{value:.2f}" for value in (first, last, grown, bound))
         table.add_row(name, *numbers, style=None if good else "bold red")
     console.print(table)
     console.print("ended: " + ", ".join(f"{how} {count}" for how, count in soak.ended.most_common()))
