@@ -127,6 +127,22 @@ async def test_a_server_that_takes_no_bytes_is_not_buffered_for_without_bound(
     await bus.close()
 
 
+async def test_flushes_that_wait_are_bounded(own_nats: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_FLUSHES", 3)
+    bus = await NatsBus.connect(own_nats.url, "test")
+    os.kill(own_nats.pid, signal.SIGSTOP)
+    waiting = [asyncio.create_task(bus.flush()) for _ in range(3)]
+    try:
+        await asyncio.sleep(0)
+        with pytest.raises(BusUnavailable, match="too many"):
+            await bus.flush()
+    finally:
+        os.kill(own_nats.pid, signal.SIGCONT)
+    await asyncio.gather(*waiting)
+    await bus.flush()
+    await bus.close()
+
+
 async def test_close_does_not_wait_for_a_frozen_server(own_nats: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FLUSH_S", 0.1)
     bus = await NatsBus.connect(own_nats.url, "test")

@@ -1,6 +1,7 @@
 """At its bounds the ingress refuses at once, and what it refused leaves nothing (issue 3; faults 87, 91)."""
 
 import asyncio
+import collections
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -351,3 +352,32 @@ async def test_what_was_begun_is_never_delivered_again(world: World, http: aioht
     async with http.post(world.url + CHAT, json=BODY) as got:
         assert got.status == 503
     assert [ask.delivery for worker in world.workers for ask in worker.asks] == [1]
+
+
+# ---- other bounds
+
+
+async def test_the_traces_kept_are_bounded(world: World, http: aiohttp.ClientSession) -> None:
+    """The oldest goes: a request that is no longer kept is not found."""
+    world.ingress._traces._kept = collections.deque(maxlen=2)
+    rids = []
+    for _ in range(3):
+        async with http.post(world.url + CHAT, json=BODY) as got:
+            rids.append(got.headers["X-BR-Request-Id"])
+    assert [world.ingress._traces.find(rid) is not None for rid in rids] == [False, True, True]
+
+
+async def test_a_flood_above_the_connections_is_told_so_within_bounds(make_world: MakeWorld) -> None:
+    """503 for those above MAX_CONNECTIONS; only so many of them wait for the client to read it (faults 60)."""
+    world = await make_world(MAX_CONNECTIONS="6")
+    held = [await asyncio.open_connection("127.0.0.1", world.ingress.port) for _ in range(6)]
+    for reader, writer in held:
+        writer.write(b"GET /health HTTP/1.1\r\n" + HOST + b"\r\n")
+        await reader.readuntil(b"\r\n\r\n")
+    flood = [await asyncio.open_connection("127.0.0.1", world.ingress.port) for _ in range(20)]
+    async with asyncio.timeout(5):
+        told = [await reader.read(12) for reader, _ in flood]
+    assert set(told) == {b"HTTP/1.1 503"}
+    assert len(world.ingress._server.turned_away) <= 2
+    for _, writer in (*held, *flood):
+        writer.close()
