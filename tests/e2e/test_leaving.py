@@ -2,7 +2,7 @@
 faults 53-56). Times are the simulator's: when the connection of its call ended, against when the client closed."""
 
 import asyncio
-import errno
+import contextlib
 import os
 import signal
 import socket
@@ -225,7 +225,8 @@ async def test_before_the_request_is_whole(up: Up, sim: Sim, tenant: Callable[..
 
 
 async def test_a_client_that_takes_nothing_is_cut(armed: tuple[Up, Path]) -> None:
-    """faults 58, 59: after CLIENT_STALLED_MS its connection is reset and given back, what was written is settled."""
+    """faults 58: a byte now and then is nothing to TCP, which tells the sender of half a buffer. After
+    CLIENT_STALLED_MS the connection is reset and given back, what was written is settled (59: see tests/ingress)."""
     up, _ = armed
     sim = Sim(up.run["simulator_url"])
     sim.reset()
@@ -236,16 +237,21 @@ async def test_a_client_that_takes_nothing_is_cut(armed: tuple[Up, Path]) -> Non
     began = time.monotonic()
     await asyncio.get_running_loop().sock_sendall(sock, streams.request(made["key"], prompt, timeout_ms=60_000))
     assert await asyncio.to_thread(sim.wait, 5000, calls=1)
-    pending = await asyncio.to_thread(
-        until, lambda: level(up, made["tenant"])["pending"], lambda held: held == 0, 10.0, 0.1
-    )
+
+    def pending_after_a_byte() -> int:
+        with contextlib.suppress(BlockingIOError, ConnectionResetError):
+            sock.recv(1)
+        return int(level(up, made["tenant"])["pending"])
+
+    pending = await asyncio.to_thread(until, pending_after_a_byte, lambda held: held == 0, 10.0, 0.1)
     took = time.monotonic() - began
     assert pending == 0
     assert took > 1.5
     counts = await invariants.check(up, sim, made, [Asked(prompt=prompt, seen=Seen(status=200, left=True))], before)
     assert counts["calls billed"] == counts["left"] == 1
     await asyncio.sleep(0.1)
-    assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNRESET
+    with pytest.raises(ConnectionError):
+        sock.send(b"x")
     sock.close()
     print(f"settled after {took:.1f} s")
 

@@ -609,6 +609,63 @@ async def test_nobody_there() -> None:
         assert (ended.error.status, ended.retryable, ended.billed, ended.outcome) == (502, True, False, False)
 
 
+async def test_tls_that_was_paused_is_read_before_it_is_aborted() -> None:
+    """I1: TLS has no half-close here, but what waited for a client that did not read was generated and is billed."""
+    pem = Path(__file__).parent / "localhost.pem"
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pem)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, _number: int) -> None:
+        await read_request(reader)
+        writer.write(SSE_HEAD + chunked(event("a"), last=False))
+        await asyncio.sleep(0.05)
+        writer.write(chunked(event("x") * 5000, last=False))
+        await reader.read()
+
+    async with serving(serve, context) as server:
+        client = Client(server.url, ssl.create_default_context(cafile=str(pem)))
+        out: list[bytes] = []
+        exchange, translator = client.exchange(out)
+        running = asyncio.create_task(exchange.run(client.request()))
+        while not out:
+            await asyncio.sleep(0.002)
+        exchange.pause(paused=True)
+        await asyncio.sleep(0.2)
+        assert translator.texts() == [("a", 1)]
+        exchange.cancel()
+        ended = await running
+        assert (ended.cancelled, ended.complete, ended.billed) == (True, False, True)
+        assert translator.texts() == [("a" + "x" * 5000, 5001)]
+        client.pool.close()
+        await asyncio.sleep(0.01)
+
+
+async def test_a_cancel_after_the_finish_waits_for_the_usage() -> None:
+    """faults 56: our side stays open, so that the server goes on to its usage; nothing more is generated."""
+    go = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, _number: int) -> None:
+        await read_request(reader)
+        writer.write(SSE_HEAD + chunked(event("a"), FINISH, last=False))
+        gone = asyncio.create_task(reader.read())
+        await asyncio.wait({gone, asyncio.create_task(go.wait())}, return_when=asyncio.FIRST_COMPLETED)
+        if not gone.done():
+            writer.write(chunked(USAGE, DONE))
+
+    async with client_of(serve) as (client, _):
+        out: list[bytes] = []
+        exchange, translator = client.exchange(out)
+        running = asyncio.create_task(exchange.run(client.request()))
+        while not translator.finished:
+            await asyncio.sleep(0.002)
+        exchange.pause(paused=True)
+        exchange.cancel()
+        go.set()
+        ended = await running
+        assert ended.error is None
+        assert translator.usage is not None
+
+
 async def test_tls() -> None:
     """Faults 72: an unknown issuer is refused; with the issuer known, a call works, and a cancel aborts."""
     pem = Path(__file__).parent / "localhost.pem"
