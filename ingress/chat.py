@@ -164,7 +164,6 @@ class Chat:
             done=done,
             timeout_ms=timeout_ms,
             deadline=now + timeout_ms,
-            answer_by=desk.answer_by(now, 1),
             epoch=self._epoch,
             body=chat.body,
         )

@@ -112,11 +112,6 @@ class Desk:
         """From now on frames find it."""
         self.exchanges[exchange.number] = exchange
 
-    def answer_by(self, now_ms: int, delivery: int) -> int:
-        """Shared-clock ms until which somebody waits for this delivery's `Accepted`: its own time and those of the
-        deliveries that are left. A frozen worker that thaws later must not begin what was given up (DESIGN 3)."""
-        return now_ms + int((stream.MAX_DELIVERIES + 1 - delivery) * self.handoff.seconds * 1000)
-
     # The Sender keeps these two for a second after each send. They name the request instead of holding it, so that what
     # is over is freed at once: otherwise the collector would walk a second's worth of requests again and again.
 
@@ -181,12 +176,12 @@ class Exchange:
         newest = machine.state == stream.WAITING and delivery == machine.newest
         if not newest or not guardian or delivery >= stream.MAX_DELIVERIES or not self.desk.may_repeat():
             return False
-        self._act(machine.died(guardian, now))
+        self._act(machine.died(guardian, now, proven=True))
         return True
 
-    def died(self, instance: str, now: float) -> None:
-        """An instance this request waits on is dead."""
-        self._act(self.machine.died(instance, now))
+    def died(self, instance: str, now: float, *, proven: bool) -> None:
+        """An instance this request waits on is dead, or frozen."""
+        self._act(self.machine.died(instance, now, proven=proven))
 
     def fail(self, error: ErrorBody, reason: str) -> None:
         """End it from our side."""
@@ -243,8 +238,8 @@ class Exchange:
 
     def _one(self, event: Event) -> None:
         match event:
-            case Deliver(delivery, lost):
-                self._deliver(delivery, lost)
+            case Deliver(delivery, lost, within):
+                self._deliver(delivery, lost, within)
             case Write():
                 self._write(event, self.desk.clock())
             case Discard():
@@ -260,13 +255,12 @@ class Exchange:
                 self.sink.fail(error)
                 self._resolve(event)
 
-    def _deliver(self, delivery: int, lost: str) -> None:
+    def _deliver(self, delivery: int, lost: str, within: float) -> None:
         desk = self.desk
-        ask = self.ask
-        if delivery > 1:
-            answer_by = desk.answer_by(desk.now_ms(), delivery)
-            ask = self.ask = msgspec.structs.replace(ask, delivery=delivery, lost=lost, answer_by=answer_by)
-        hop = Hop("ingress", desk.instance, desk.pid, desk.now_ms(), self.took_us)
+        now = desk.now_ms()
+        answer_by = now + int(within * 1000)
+        ask = self.ask = msgspec.structs.replace(self.ask, delivery=delivery, lost=lost, answer_by=answer_by)
+        hop = Hop("ingress", desk.instance, desk.pid, now, self.took_us)
         reach("ingress.before_publish")
         try:
             guardian = desk.sender.send(

@@ -38,8 +38,9 @@ STALL_S: Final = 0.25
 GRACE_S: Final = 0.5  # one beat
 #: Delta bytes a provider may send us beyond what we have read (DESIGN 3).
 PAIR_WINDOW: Final = 16 * 1024 * 1024
-#: What a worker answers that took nothing of the request upon it: full, shed, or about to end.
-NOT_BEGUN: Final = frozenset((errors.Overloaded.code, errors.ShuttingDown.code))
+#: What a worker answers that took nothing of the request upon it: full, shed, about to end, or back from a partition
+#: and without anybody to hand it on to yet.
+NOT_BEGUN: Final = frozenset((errors.Overloaded.code, errors.ShuttingDown.code, errors.NoWorker.code))
 #: An idle pair is forgotten; its next batch tells the offset again.
 FORGET_S: Final = 60.0
 
@@ -169,7 +170,7 @@ class Replies:
         if pair is None:
             return
         if no_responders:
-            self._dead(pair, self._desk.clock())
+            self._dead(pair, self._desk.clock(), proven=True)
         else:
             pair.heard = self._desk.clock()
 
@@ -239,7 +240,7 @@ class Replies:
         # Its silence began when it was last heard, not when we began to wait: whoever is told of a holder that has been
         # frozen for a second already waits half a second more, not 1.5. Two questions are asked in any case.
         if now - pair.since >= GRACE_S and now - max(pair.heard, self._heard(pair.instance)) >= SILENT_S:
-            self._dead(pair, now)
+            self._dead(pair, now, proven=False)
             return
         self._publish(pair.control, b"", self._alive_prefix + pair.instance)
         if self._even:
@@ -256,14 +257,14 @@ class Replies:
         """When its last beat came; 0 when it is not known."""
         return max((roster.heard(instance) or 0.0 for roster in self._rosters.values()), default=0.0)
 
-    def _dead(self, pair: Pair, now: float) -> None:
+    def _dead(self, pair: Pair, now: float, *, proven: bool) -> None:
         """Killed or frozen: its requests are delivered again, or end with an error."""
         self.deaths += 1
         for roster in self._rosters.values():
             roster.dead(pair.instance)
         self._pairs.pop(pair.instance, None)
         for exchange in list(pair.open.values()):
-            exchange.died(pair.instance, now)
+            exchange.died(pair.instance, now, proven=proven)
 
     def on_bus(self, connected: bool) -> None:
         """The connection went or came back."""

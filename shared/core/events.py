@@ -6,10 +6,12 @@ from shared.wire.messages import ErrorBody, Hop, Summary
 
 
 class Deliver(Struct, frozen=True):
-    """Hand the request over as this delivery; `lost` names the provider instance found dead."""
+    """Hand the request over as this delivery; `lost` names the provider instance found dead. It may be begun within so
+    many seconds from now."""
 
     delivery: int
     lost: str = ""
+    within: float = 0.0
 
 
 class Write(Struct, frozen=True):

@@ -26,6 +26,11 @@ Which of two claims to the same stream holds? The newest call's (`dispatch` numb
 `Refused` names the live holder without its call number; there the later delivery is the newer holder, since only a
 re-delivery that names the dead one can open a further call. Once text is out nobody takes over.
 
+A delivery may lie in a frozen NATS or a frozen worker and come out when that thaws. Each carries the time until which
+it may be begun (`Deliver.within`), and while one that was made may still be begun its client is not told that nobody
+serves it: what is told stays true (nothing stale runs). A delivery is over at once when NATS says that nobody got it,
+or that its guardian is dead.
+
 Frames of one delivery are numbered from 0. A repeat is dropped. A gap in the owner's frames (or in those of a
 delivery nobody has superseded) ends the stream with `StreamGap`: an error, never silence. A `Refused` stands in for
 the holder's own `Accepted`, its frame 0, which may be the one that was lost.
@@ -47,6 +52,13 @@ __all__ = ["Deliver", "Discard", "Event", "Events", "Fail", "Finish", "Limits", 
 
 #: At most this many deliveries of one request, the first included (DESIGN 3, liveness).
 MAX_DELIVERIES: Final = 4
+#: A round is the deliveries made while nobody owns the stream. In hand-off times (500 ms by default) from its first:
+#: how long any of its deliveries may be begun, by when who is frozen is found out too (1.5 s of silence) ...
+BEGUN_WITHIN: Final = 3.0
+#: ... when it is over, below the 2 s in which a client is told that everybody is frozen ...
+ROUND: Final = 3.75
+#: ... and how long who began in the last moment is still heard.
+HEARD: Final = 0.25
 #: Delta bytes a provider sends beyond what the client has taken. DESIGN 3 allows 64 KiB; a client that stalls may cost
 #: 100 KiB in all, of which 27 go into the objects of a stream and 8 into what one read brings. Half of it in 2 ms (the
 #: mux's tick) are 8 MB/s, 30,000 events.
@@ -113,9 +125,9 @@ class Stream:
     """
 
     __slots__ = (
-        "_call", "_deadline", "_expected", "_fenced", "_first_due", "_guardian", "_handoff", "_handoff_due",
-        "_idle_from", "_limits", "_lost", "_told", "_unfenced_owner", "delivery", "due", "holder", "newest",
-        "received", "sent_at", "state", "taken", "tried",
+        "_call", "_deadline", "_doubt", "_expected", "_fenced", "_first_due", "_guardian", "_handoff", "_handoff_due",
+        "_idle_from", "_limits", "_lost", "_nobody", "_round_at", "_told", "_unfenced_owner", "_until", "delivery",
+        "due", "holder", "newest", "received", "sent_at", "state", "taken", "tried",
     )  # fmt: skip
 
     def __init__(self, limits: Limits, now: float) -> None:
@@ -135,6 +147,10 @@ class Stream:
         self._told: dict[int, float] = {}  # delivery -> when its sender was last told to stop
         self._lost = ""  # the last holder found dead: named in every delivery from then on, since one may be lost
         self._handoff = 0.0
+        self._round_at = now  # when the first delivery was made since nobody owns the stream
+        self._until = now  # until when any delivery may be begun
+        self._doubt = False  # whether one before the newest may be: nobody said that it was lost
+        self._nobody: ErrorBody | None = None  # what is told when that is over: nobody is left to deliver to
         self.sent_at = now  # when the newest delivery was made
         self._handoff_due = _NEVER
         self._deadline = now + limits.total
@@ -168,8 +184,8 @@ class Stream:
                 self._schedule()
             self.taken = offset
 
-    def died(self, instance: str, now: float) -> Events:
-        """Nothing will come from this instance any more (it is frozen, if not dead: it may thaw)."""
+    def died(self, instance: str, now: float, *, proven: bool = False) -> Events:
+        """Nothing will come from this instance any more; unless `proven` it may be frozen, and thaw."""
         if self.state == DONE:
             return _NOTHING
         if self.delivery and self.holder == instance:
@@ -178,13 +194,13 @@ class Stream:
                 return (*self._fail(errors.WorkerLost().body()), stop)
             return (stop, *self._disown(now))
         if self.state == WAITING and self._guardian == instance:
-            return self._again(now)
+            return self._again(now, proven=proven)
         return _NOTHING
 
     def undeliverable(self, delivery: int, error: ErrorBody) -> Events:
         """No live guardian could be given this delivery (NATS's 503 may come a little later than the send)."""
         if self.state == WAITING and delivery == self.newest:
-            return self._fail(error)
+            return self._give_up(error)
         return _NOTHING
 
     def fail(self, error: ErrorBody, reason: str) -> Events:
@@ -212,7 +228,7 @@ class Stream:
         if self.state == STARTED and self._limits.streamed and now >= self._idle_due(now):
             return self._abandon(errors.UpstreamTimeout().body(), "idle")
         if self.state == WAITING and now >= self._handoff_due:
-            return self._again(now)
+            return self._fail(self._nobody) if self._nobody is not None else self._again(now, proven=False)
         self._schedule(now)
         return _NOTHING
 
@@ -323,26 +339,40 @@ class Stream:
             self.tried += (self._guardian,)
             self._guardian = ""
         self.sent_at = now
-        self._handoff_due = now + self._handoff
+        self._handoff_due = min(now, self._round_at + (ROUND - 1) * self._handoff) + self._handoff
+        until = max(self._round_at + BEGUN_WITHIN * self._handoff, self._handoff_due - HEARD * self._handoff)
+        self._until = max(self._until, until)
         self._schedule()
-        return (Deliver(self.newest, self._lost),)
+        return (Deliver(self.newest, self._lost, until - now),)
 
     def _disown(self, now: float) -> Events:
         """The owner is dead and the client has seen nothing: another delivery, its time to the first token anew."""
         void: Events = (Discard(),) if self.state == STARTED else _NOTHING
         self._fenced += (self.delivery,)
-        self._lost = self.holder
+        newest = self.delivery == self.newest
+        self._lost, self._round_at, self._nobody = self.holder, now, None
         self.state, self.delivery, self.holder, self._call = WAITING, 0, "", 0
         self.received = self.taken = 0
         if self._limits.streamed:
             self._first_due = now + self._limits.first_token + BACKSTOP_S
-        return (*void, *self._again(now))
+        return (*void, *self._again(now, proven=newest))
 
-    def _again(self, now: float) -> Events:
-        """Another delivery, if one is left."""
-        if self.newest >= self._limits.max_deliveries:
-            return self._fail(errors.WorkerLost().body() if self._lost else errors.NoWorker().body())
+    def _again(self, now: float, *, proven: bool) -> Events:
+        """Another delivery, if one is left. `proven`: nobody can begin the newest one any more."""
+        self._doubt = self._doubt or not proven
+        if self._nobody is not None:
+            return _NOTHING
+        if self.newest >= self._limits.max_deliveries or now >= self._round_at + ROUND * self._handoff:
+            return self._give_up(errors.WorkerLost().body() if self._lost else errors.NoWorker().body(), now)
         return self._deliver(now)
+
+    def _give_up(self, error: ErrorBody, now: float = 0.0) -> Events:
+        """Nobody is left to deliver to: said at once, or as soon as no earlier delivery can be begun any more."""
+        if not self._doubt or now >= self._until:
+            return self._fail(error)
+        self._nobody, self._guardian, self._handoff_due = error, "", self._until + HEARD * self._handoff
+        self._schedule()
+        return _NOTHING
 
     def _abandon(self, error: ErrorBody, reason: str) -> Events:
         stop = self._stop_owner(reason)

@@ -74,7 +74,7 @@ class Ask(Struct, frozen=True, kw_only=True, omit_defaults=True):
     done: Literal["inline", "append", "comment"] = "inline"
     timeout_ms: int = 0
     deadline: int = 0
-    answer_by: int = 0  # shared-clock ms: who accepts this delivery later finds nobody waiting; 0 = not told
+    answer_by: int = 0  # shared-clock ms: this delivery is not begun later, its sender has given it up; 0 = not told
     trace: str = ""  # W3C traceparent
     epoch: int = 0
     body: bytes

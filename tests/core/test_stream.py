@@ -28,7 +28,7 @@ HANDOFF = 0.5
 def stream(**limits: object) -> Stream:
     base = {"streamed": True, "first_token": 10.0, "idle": 10.0, "total": 60.0, "max_bytes": 1000}
     machine = Stream(Limits(**{**base, **limits}), 0.0)  # type: ignore[arg-type]
-    assert machine.begin(0.0, HANDOFF) == (Deliver(1),)
+    assert machine.begin(0.0, HANDOFF) == (Deliver(1, "", 3 * HANDOFF),)
     machine.sent("g1")
     return machine
 
@@ -100,7 +100,7 @@ def test_nobody_accepts_so_it_is_delivered_again_at_most_four_times_in_all() -> 
         assert machine.due == pytest.approx(now + HANDOFF)
         assert machine.tick(machine.due - 0.001) == ()
         now = machine.due
-        assert machine.tick(now) == (Deliver(delivery),)
+        assert machine.tick(now) == (Deliver(delivery, "", max(3 * HANDOFF - now, HANDOFF / 2)),)  # the last has less
         machine.sent(f"g{delivery}")
     assert code(machine.tick(now + HANDOFF)) == "no_worker"
     assert machine.state == DONE
@@ -165,13 +165,15 @@ def test_the_holder_dies_before_the_first_delta_and_the_lost_one_is_named() -> N
     machine = stream()
     feed(machine, accepted())
     assert machine.state == HELD
-    assert machine.died("p1", 1.0) == (Stop("p1", 1, "presumed dead"), Deliver(2, "p1"))
+    assert machine.died("p1", 1.0) == (Stop("p1", 1, "presumed dead"), Deliver(2, "p1", 3 * HANDOFF))
     machine.sent("g2")
     # it was only frozen: what it says now is dropped, and it is told again
     assert feed(machine, Delta(7, 1, 1, b"late"), now=2.0) == [Stop("p1", 1, "not the owner")]
     assert feed(machine, Refused(7, 2, 0, "p1", 1)) == []  # a stale refusal does not revive it
     assert machine.delivery == 0
-    assert machine.tick(machine.due) == (Deliver(3, "p1"),)  # the delivery that named it may be the lost one
+    assert machine.tick(machine.due) == (
+        Deliver(3, "p1", 2 * HANDOFF),
+    )  # the delivery that named it may be the lost one
     feed(machine, accepted(3, call=2))
     assert feed(machine, Delta(7, 3, 1, b"new")) == [Write(b"new")]
 
@@ -190,7 +192,7 @@ def test_the_holder_of_a_whole_answer_dies_after_its_first_part() -> None:
     machine = stream(streamed=False)
     feed(machine, accepted(), Delta(7, 1, 1, b"half of", {"X-BR-Calls": "1"}))
     machine.took(7, 0.1)
-    assert machine.died("p1", 1.0) == (Stop("p1", 1, "presumed dead"), Discard(), Deliver(2, "p1"))
+    assert machine.died("p1", 1.0) == (Stop("p1", 1, "presumed dead"), Discard(), Deliver(2, "p1", 3 * HANDOFF))
     assert (machine.state, machine.received, machine.taken) == (WAITING, 0, 0)
     assert feed(machine, Delta(7, 1, 2, b" the old"), now=2.0) == [Stop("p1", 1, "not the owner")]
     feed(machine, accepted(2, call=2))
@@ -227,7 +229,7 @@ def test_the_guardian_dies_before_anybody_accepts() -> None:
     machine = stream()
     assert machine.waits_on() == "g1"
     assert machine.died("someone else", 0.1) == ()
-    assert machine.died("g1", 0.1) == (Deliver(2),)
+    assert machine.died("g1", 0.5) == (Deliver(2, "", 2 * HANDOFF),)
 
 
 def test_the_fourth_holder_dies() -> None:
@@ -240,6 +242,35 @@ def test_no_guardian_is_left() -> None:
     machine = stream()
     assert machine.undeliverable(2, errors.NoWorker().body()) == ()
     assert code(machine.undeliverable(1, errors.NoWorker().body())) == "no_worker"
+
+
+def test_nobody_is_said_to_be_left_while_somebody_may_still_begin() -> None:
+    """Nothing stale runs (DESIGN 3): NATS or the guardian is frozen, no other is left; what is published may come out
+    when it thaws, until 1.5 s after it began. Only then the client is told; one that begins in time serves it."""
+    for thaws in (False, True):
+        machine = stream()
+        assert machine.died("g1", 1.0)[0] == Deliver(2, "", 0.5)
+        assert machine.undeliverable(2, errors.NoWorker().body()) == ()
+        assert machine.due == 1.625
+        assert machine.waits_on() == ""
+        assert machine.tick(1.4) == ()
+        if thaws:
+            assert feed(machine, accepted(1), now=1.45) == []
+            assert machine.tick(1.7) == ()
+            assert feed(machine, Delta(7, 1, 1, b"a"), now=1.7) == [Write(b"a")]
+        else:
+            assert code(machine.tick(1.625)) == "no_worker"
+
+
+def test_what_is_proven_dead_is_not_waited_for() -> None:
+    """Killed parts are told within 300 ms: NATS's 503 says that nobody can begin the delivery any more."""
+    machine = stream()
+    assert machine.died("g1", 0.2, proven=True)[0] == Deliver(2, "", 1.3)
+    assert code(machine.undeliverable(2, errors.NoWorker().body())) == "no_worker"
+    machine = stream()
+    feed(machine, accepted())
+    assert machine.died("p1", 0.2, proven=True)[1] == Deliver(2, "p1", 3 * HANDOFF)
+    assert code(machine.undeliverable(2, errors.NoWorker().body())) == "no_worker"
 
 
 def test_the_three_timers_are_separate() -> None:
@@ -323,6 +354,6 @@ def test_a_delivery_whose_text_was_dropped_can_own_nothing() -> None:
     assert machine.delivery == 1
     assert feed(machine, Refused(7, 2, 1, "p2", 2)) == []
     assert machine.delivery == 1
-    assert machine.died("p1", 1.0) == (Stop("p1", 1, "presumed dead"), Deliver(3, "p1"))
+    assert machine.died("p1", 1.0) == (Stop("p1", 1, "presumed dead"), Deliver(3, "p1", 3 * HANDOFF))
     assert feed(machine, Delta(7, 2, 2, b"more"), now=1.0) == [Stop("p2", 2, "not the owner")]
     assert machine.received == 0

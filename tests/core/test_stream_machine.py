@@ -42,6 +42,8 @@ class World(RuleBasedStateMachine):
         limits = Limits(streamed=streamed, first_token=3.0, idle=3.0, total=20.0, max_bytes=1 << 20)
         self.machine = Stream(limits, self.now)
         self.pending: dict[int, str] = {}  # deliveries that no worker has processed yet -> lost
+        self.until: dict[int, float] = {}  # when a delivery is not begun any more
+        self.told_at = float("inf")  # when the client was told that nobody serves it
         self.providers: dict[int, Provider] = {}
         self.dead: set[str] = set()
         self.holder = 0  # of the ledger's newest call
@@ -55,13 +57,14 @@ class World(RuleBasedStateMachine):
     def act(self, events: tuple[stream.Event, ...]) -> None:
         for event in events:
             match event:
-                case Deliver(delivery, lost):
+                case Deliver(delivery, lost, within):
                     assert not self.terminals
                     assert not self.left
                     self.deliveries += 1
                     assert delivery == self.deliveries <= stream.MAX_DELIVERIES
                     assert self.text == b"", "handed over again after text was given out"
                     self.pending[delivery] = lost
+                    self.until[delivery] = self.now + within
                     self.machine.sent(f"g{delivery}")
                 case Write(data, _):
                     assert not self.terminals
@@ -83,6 +86,9 @@ class World(RuleBasedStateMachine):
     def dispatch(self, data: st.DataObject) -> None:
         delivery = data.draw(st.sampled_from(sorted(self.pending)))
         lost = self.pending.pop(delivery)
+        if self.now >= self.until[delivery]:
+            return
+        assert self.now < self.told_at, "begun after its client was told that nobody serves it"
         provider = self.providers[delivery] = Provider(delivery)
         holder = self.providers.get(self.holder)
         if holder is None or (lost and lost == holder.instance):
@@ -148,11 +154,25 @@ class World(RuleBasedStateMachine):
         """Rightly or not: the process may only have been frozen, and speak again."""
         if really == 0:
             self.act(self.machine.died(self.machine.waits_on(), self.now))
+            self.note_told()
+
+    @rule(really=st.integers(0, 5))
+    def nobody_left(self, really: int) -> None:
+        """NATS says that the newest delivery reached nobody."""
+        if really == 0 and self.pending.pop(self.deliveries, None) is not None:
+            self.act(self.machine.undeliverable(self.deliveries, errors.NoWorker().body()))
+            self.note_told()
+
+    def note_told(self) -> None:
+        """What a frame said, or the deadline, may come while others are on their way; this may not."""
+        if self.terminals and isinstance(end := self.terminals[0], Fail) and end.error.code == "no_worker":
+            self.told_at = min(self.told_at, self.now)
 
     @rule(seconds=st.sampled_from([0.01, 0.01, 0.01, 0.01, 0.3, 0.3, 0.6, 4.5]))
     def wait(self, seconds: float) -> None:
         self.now += seconds
         self.act(self.machine.tick(self.now))
+        self.note_told()
 
     @rule()
     def client_takes(self) -> None:

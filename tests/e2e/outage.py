@@ -18,6 +18,8 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -322,6 +324,16 @@ def check_stale(sim: Sim, load: Load) -> None:
         if one.seen.status not in (0, 200):
             answered = one.at + one.seen.took
             assert began <= answered + UNDER_WAY_S, ("after its client was told", began - answered, line, one)
+
+
+def ready(url: str) -> tuple[int, dict[str, Any]]:
+    """GET /ready."""
+    with contextlib.ExitStack() as stack:
+        try:
+            answer = stack.enter_context(urllib.request.urlopen(url + "/ready", timeout=2))
+        except urllib.error.HTTPError as error:
+            answer = stack.enter_context(error)
+        return answer.status, json.loads(answer.read())
 
 
 async def eventually(probe: Callable[[], bool], within: float, what: str) -> float:

@@ -319,6 +319,22 @@ async def test_a_provider_that_declines_is_no_end_while_there_is_another(
         assert got.status == 200
 
 
+async def test_a_guardian_that_knows_nobody_yet_is_no_end(world: World, http: aiohttp.ClientSession) -> None:
+    """It is back from a partition and has not heard who lives: another guardian has."""
+    second = await world.add("guardian", "g2")
+
+    def script(ask: Ask, provider: Worker) -> None:
+        if ask in second.asks:
+            answer(ask, provider)
+        else:
+            world.guardian.send(ask, world.guardian.failed(ask, errors.NoWorker()))
+
+    world.script = script
+    for _ in range(5):
+        async with http.post(world.url + CHAT, json=BODY) as got:
+            assert got.status == 200
+
+
 async def test_nobody_else_is_there(world: World, http: aiohttp.ClientSession) -> None:
     """The only guardian is full: its 503 is the answer, at once."""
     world.script = declining(world.guardian)

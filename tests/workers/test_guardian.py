@@ -283,6 +283,16 @@ async def test_money_fails_open_without_a_limit(rig):
     assert admission.amount > 0
 
 
+async def test_what_was_given_up_is_not_begun(rig):
+    """DESIGN 3, nothing stale runs: a delivery that lay in a frozen NATS reserves nothing and says nothing."""
+    owner, now = await tenant(rig), rig.ctx.state.clock.now()
+    rig.to_role(admit(ask(*owner, answer_by=now - 1)))
+    rig.to_role(admit(ask(*owner, answer_by=now + 5000, label="in-time")))
+    assert decode_route(await rig.next_forwarded()).ask.label == "in-time"
+    assert rig.forwarded.empty()
+    assert rig.failed.empty()
+
+
 async def test_a_reserve_that_ran_too_late_counts_as_away(rig, monkeypatch):
     """DESIGN 3: refused when it runs after its not-after."""
     monkeypatch.setattr(admit_room, "RESERVE_MS", -1)

@@ -144,23 +144,26 @@ class Guardian:
             return
         hops = envelope.sane_hops(admit.hops) if direct else admit.hops
         at = self._ctx.state.clock.now()
-        if not self._ctx.state.registry.ready:
-            self._refusals.fail(
-                ask, LedgerDown("The budget ledger has not been reachable since this guardian started."), hops
-            )
+        if ask.answer_by and at > ask.answer_by:  # it lay in a frozen NATS, or we were: its sender has given it up
+            self._count("stale").inc()
             return
-        if ask.v > VERSION:
-            self._refusals.fail(ask, NewerVersion(), hops)
-            return
-        if len(self._tasks) >= self.capacity:
-            self._refusals.fail(ask, Overloaded(), hops)
-            return
-        if not self._shares.take(ask.tenant):
-            self._refusals.fail(ask, TenantBusy(), hops)
+        refusal = self._refusal(ask)
+        if refusal is not None:
+            self._refusals.fail(ask, refusal, hops)
             return
         task = self._loop.create_task(self._serve(ask, hops, at, began, since, direct=direct))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _refusal(self, ask: Ask) -> HotpathError | None:
+        """Why this request is not begun here; None: it is, with one of its tenant's places taken."""
+        if not self._ctx.state.registry.ready:
+            return LedgerDown("The budget ledger has not been reachable since this guardian started.")
+        if ask.v > VERSION:
+            return NewerVersion()
+        if len(self._tasks) >= self.capacity:
+            return Overloaded()
+        return None if self._shares.take(ask.tenant) else TenantBusy()
 
     async def _serve(
         self, ask: Ask, hops: tuple[Hop, ...], at: int, began: float, since: float, *, direct: bool
