@@ -138,8 +138,9 @@ class Door:
         return self._date
 
     def crowded(self) -> bool:
-        """Whether the request just read may have to be refused: nothing of it should be parsed then."""
-        return (self.queue.stands or self.in_flight >= self._max) and not self.draining
+        """Whether the request just read may have to be refused: nothing of it should be parsed then. One that leaves
+        says more in its answers than `answer_unparsed` does."""
+        return (self.queue.stands or self.in_flight >= self._max) and not self.draining and not self.leaving
 
     def answer_unparsed(self, data: bytes) -> bytes:
         """The 503 for `data`, one whole request, without reading more of it than must be; b"": it is to be parsed.

@@ -155,6 +155,23 @@ async def test_whatever_says_more_goes_by_way_of_the_parser(
     assert (await waiting).status == 200
 
 
+async def test_one_that_leaves_says_so_when_full_too(make_world: MakeWorld, http: aiohttp.ClientSession) -> None:
+    """S1-H5: each answer of an ingress that leaves is its connection's last."""
+    world, ask, waiting = await full_world(make_world, http)
+    door = world.ingress._door
+    assert door is not None
+    reader, writer = await asyncio.open_connection("127.0.0.1", world.ingress.port)
+    writer.write(chat())
+    assert b"\r\nConnection: close\r\n" not in (await heads(reader, 1))[0][1]
+    door.leaving = True
+    writer.write(chat())
+    assert b"\r\nConnection: close\r\n" in (await heads(reader, 1))[0][1]
+    assert await reader.read() == b""
+    writer.close()
+    world.script(ask, world.provider)
+    assert (await waiting).status == 200
+
+
 async def test_an_answer_under_way_is_never_overtaken(make_world: MakeWorld, http: aiohttp.ClientSession) -> None:
     """A pipelined request is refused after its predecessor's answer, not before it."""
     world = await make_world(MAX_IN_FLIGHT="1", HANDOFF_TIMEOUT_MS="10000")
