@@ -5,6 +5,7 @@ local SLOT_MS, SLOTS, MAX_PROBES, MAX_DOUBLINGS = 5000, 12, 8, 4
 local threshold, cooldown, probe_ms, rate, least, not_after, now, slot
 local failures, open_until, openings, probes, probe_until, window
 local moved, claimed = 0, 0
+local calls, bad -- sums of the window, once this run has looked at it: a batch may be thousands of outcomes
 
 local function state()
   if open_until == 0 then return 'closed' end
@@ -15,20 +16,29 @@ end
 
 local function set(in_a_row, opened, till)
   failures, openings, open_until, probes, probe_until, window, moved = in_a_row, opened, till, {}, 0, {}, 1
+  calls = nil
+end
+
+-- Slots that have left the window go, the current one is there.
+local function look_at_window()
+  local kept = {}
+  calls, bad = 0, 0
+  for _, each in ipairs(window) do
+    if slot - SLOTS < each[1] and each[1] <= slot then
+      kept[#kept + 1] = each
+      calls, bad = calls + each[2], bad + each[3]
+    end
+  end
+  if #kept == 0 or kept[#kept][1] ~= slot then kept[#kept + 1] = {slot, 0, 0} end
+  window = kept
 end
 
 local function count(failed)
-  local kept = {}
-  for _, each in ipairs(window) do
-    if slot - SLOTS < each[1] and each[1] <= slot then kept[#kept + 1] = each end
-  end
-  if #kept == 0 or kept[#kept][1] ~= slot then kept[#kept + 1] = {slot, 0, 0} end
-  local last = kept[#kept]
+  if not calls then look_at_window() end
+  local last = window[#window]
   last[2], last[3] = last[2] + 1, last[3] + failed
-  window = kept
+  calls, bad = calls + 1, bad + failed
   failures = failed == 1 and failures + 1 or 0
-  local calls, bad = 0, 0
-  for _, each in ipairs(window) do calls, bad = calls + each[2], bad + each[3] end
   if failures >= threshold or (calls >= least and bad * 100 >= rate * calls) then set(failures, 1, now + cooldown) end
 end
 
