@@ -332,7 +332,32 @@ async def test_the_first_connection_is_tried_for_a_while(
     log.close()
     text = (tmp_path / "log").read_text()
     assert "waiting for NATS" in text
+    assert '"critical"' not in text
     assert SECRETS["ADMIN_API_KEY"] not in text
+
+
+async def test_nats_is_tried_until_it_is_there(
+    env: dict[str, str], log: Log, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A process without a bus can do nothing, but it is there 0.1 s after NATS, and no supervisor counts crashes; from
+    CONNECT_S on it says so as CRITICAL."""
+    monkeypatch.setattr(process, "CONNECT_S", 0.05)
+    monkeypatch.setattr(process, "RETRY_S", 0.01)
+    rig = Rig(env, log, Idle())
+    there, connect = asyncio.Event(), rig.connect_bus
+
+    async def connect_when_there(*args: Any) -> Bus:
+        if not there.is_set():
+            raise BusUnavailable("nobody home")
+        return await connect(*args)
+
+    rig.connect_bus = connect_when_there
+    asyncio.get_running_loop().call_later(0.3, there.set)
+    async with rig:
+        assert there.is_set()
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert any(line["level"] == "critical" and "is NATS_URL right?" in line["msg"] for line in lines)
 
 
 async def test_a_redis_that_is_away_at_the_start(

@@ -5,6 +5,7 @@ import base64
 import contextlib
 import gc
 import json
+import logging
 import os
 import secrets
 import signal
@@ -28,7 +29,7 @@ from shared.wire import subjects
 from shared.wire.messages import UNREADABLE, decode_control
 
 EXIT_FAULT: Final = 1
-CONNECT_S: Final = 10.0  # how long the first connection is tried
+CONNECT_S: Final = 10.0  # how long Redis is tried when it is required; NATS is tried for ever, and louder after this
 GLANCE_S: Final = 3.0  # how long Redis is waited for before the process starts without it
 RETRY_S: Final = 0.1
 ENVELOPE_BYTES: Final = 65_536  # what an envelope may add to the largest body (DESIGN 3)
@@ -193,13 +194,13 @@ class Process:
                     "NATS",
                     setting,
                     lambda url=url, name=name: self._connect_bus(url, name, self._on_bus),  # type: ignore[misc]
-                    CONNECT_S,
+                    float("inf"),
                 )
 
     async def _patiently(self, what: str, setting: str, connect: Callable[[], Awaitable[T]], within: float) -> T:
-        """Try to connect for so many seconds, saying so once a second. Raises NoAnswer, BootError."""
-        end = time.monotonic() + within
-        say_at = time.monotonic()
+        """Try to connect for so many seconds, saying so each second, later each 10 s. Raises NoAnswer, BootError."""
+        began = say_at = time.monotonic()
+        end = began + within
         while True:
             try:
                 return await connect()
@@ -213,8 +214,12 @@ class Process:
                         f"{what} did not answer within {within:.0f} s ({reason}): is it running? is {setting} right?"
                     ) from error
                 if now >= say_at:
-                    self._log.warning("waiting for %s", what, extra={"error": reason, "left_s": round(end - now, 1)})
-                    say_at = now + 1
+                    late = now - began >= CONNECT_S
+                    level = logging.CRITICAL if late else logging.WARNING
+                    say_at = now + (CONNECT_S if late else min(1.0, CONNECT_S))
+                    self._log.log(
+                        level, "waiting for %s: is it running? is %s right?", what, setting, extra={"error": reason}
+                    )
             await asyncio.sleep(RETRY_S)
 
     def _context(self, role: Role, state: State, server: MetricsServer) -> Context:

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import os
+import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -64,13 +66,21 @@ class Server:
         self.url = f"nats://127.0.0.1:{self.port}"
         self._log = directory / "log"
         self._config = directory / "nats.conf"
-        self._config.write_text(f'listen: "127.0.0.1:{self.port}"\nmax_payload: 2MB\n{config}\n')
+        self._write(config)
         self._stack = contextlib.ExitStack()
         self.pid = 0
 
     def start(self) -> None:
         running = servers.running(servers.nats_command(self._config), self.port, self._log)
         self.pid = self._stack.enter_context(running).pid
+
+    def _write(self, config: str) -> None:
+        self._config.write_text(f'listen: "127.0.0.1:{self.port}"\nmax_payload: 2MB\n{config}\n')
+
+    def reload(self, config: str) -> None:
+        """Another configuration, without a restart."""
+        self._write(config)
+        os.kill(self.pid, signal.SIGHUP)
 
     def stop(self) -> None:
         self._stack.close()

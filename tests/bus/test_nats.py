@@ -212,6 +212,30 @@ async def test_users(guarded: Server, caplog: pytest.LogCaptureFixture) -> None:
     await guest.close()
 
 
+async def test_credentials_revoked_and_given_back(
+    guarded: Server, changes: Changes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Faults 41: the server throws us out and refuses us; a publish fails at once, it is said, the password is not; we
+    try on with what we have (new credentials need a restart) and are back within 2 s of their being good again."""
+    guest = await NatsBus.connect(f"nats://guest:guest@127.0.0.1:{guarded.port}", "guest", changes)
+    guarded.reload(USERS.replace('"guest", password: "guest"', '"guest", password: "another-one"'))
+    await changes.until(False)
+    with pytest.raises(BusUnavailable):
+        guest.publish("t.open", b"x")
+    async with asyncio.timeout(5):
+        while guest.errors.get("reconnect", 0) < 2:
+            await asyncio.sleep(0.01)
+    assert not guest.connected
+    assert "Authorization Violation" in caplog.text
+    assert "another-one" not in caplog.text
+    guarded.reload(USERS)
+    async with asyncio.timeout(2):
+        await changes.until(False, True)
+    guest.publish("t.open", b"x")
+    await guest.flush()
+    await guest.close()
+
+
 async def test_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server asks for TLS in its INFO; its certificate is checked against the host name."""
     key, certificate = tmp_path / "key", tmp_path / "certificate"
