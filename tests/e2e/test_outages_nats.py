@@ -13,15 +13,16 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.e2e import invariants
-from tests.e2e.books import Entry, entries
+from tests.e2e.books import Entry, entries, level
 from tests.e2e.drive import Client
 from tests.e2e.invariants import Asked
-from tests.e2e.outage import Extra, Load, Only, Servers, check_stale, codes, eventually, ready, refusals
+from tests.e2e.outage import SETTINGS, Extra, Load, Only, Servers, check_stale, codes, eventually, ready, refusals
 from tests.e2e.proxy import Proxy
 from tests.e2e.rig import Up
 from tests.e2e.sim import Sim, until
@@ -327,3 +328,29 @@ async def test_cut_in_mid_message(around: Servers, asking: Asking) -> None:
                 await asyncio.sleep(2.0 if FULL else 1.2)
     await asking.check()
     promises(asking.load, *(Killed(around) for _ in asking.load.outages))
+
+
+# ---- the servers of `hotpath up` -------------------------------------------------------------------------------------
+
+
+async def test_the_supervisor_brings_the_servers_back(tmp_path: Path, http: Any) -> None:
+    """kill -9 of the embedded NATS, then of the embedded Valkey: restarted and well again within 2 s, the keys, limits
+    and books as they were."""
+    with Up(tmp_path / "up", env=SETTINGS) as own:
+        made = await asyncio.to_thread(own.cli, "keys", "create", "--tenant", "t", "--limit-usd", "5")
+        client = Client(http, own.url, made["key"])
+        assert (await client.chat(invariants.prompt(3))).ended_well
+        for server in ("nats", "redis"):
+            spent = (await asyncio.to_thread(level, own, "t"))["settled"]
+            (pid,) = own.run["pids"][server]
+            os.kill(pid, signal.SIGKILL)
+            killed = time.monotonic()
+            first = await client.chat("x")
+            while not (await client.chat(invariants.prompt(3))).ended_well:
+                assert time.monotonic() < killed + 5
+                await asyncio.sleep(0.01)
+            back = time.monotonic() - killed
+            print(f"{server}: first answer {first.status} after {first.took:.3f} s, well again after {back:.2f} s")
+            assert first.took <= KILLED_S
+            assert back <= BACK_S
+            assert (await asyncio.to_thread(level, own, "t"))["settled"] >= spent > 0
