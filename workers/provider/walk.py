@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 NOT_AFTER_MS: Final = 100
 #: Prompts and texts over this many bytes are counted in a thread: 32 KiB take half a millisecond.
 COUNT_INLINE: Final = 32_768
+_IN_DOUBT: Final = "The budget ledger did not answer in time; the request was not started."
 
 
 class Walk:
@@ -158,7 +159,7 @@ class Walk:
             return True
         assert self._channel is not None
         if answer is None:
-            self._fail(errors.LedgerDown().body())
+            self._fail(errors.LedgerDown(_IN_DOUBT).body())
             self._provider.void_doubt(message, 1)
         elif answer.status in ("refused", "closed") and answer.holder:
             self._channel.refused(answer.holder, answer.delivery)
