@@ -1,6 +1,7 @@
 """Kill points: nothing without HOTPATH_TEST=1, SIGKILL at the named one, once for all processes of a folder."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -63,6 +64,19 @@ def test_once_a_file(tmp_path: Path) -> None:
     env = {"HOTPATH_TEST": "1", "KILLAT_DIR": str(tmp_path)}
     assert run(**env) == (-signal.SIGKILL, [])
     assert run(**env) == ALIVE
+
+
+def test_with_stop_in_the_file_it_is_frozen_there(tmp_path: Path) -> None:
+    (tmp_path / "guardian.on_message").write_text(killat.STOP)
+    env = {"HOTPATH_TEST": "1", "KILLAT_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", RUN.format(call="reach")]
+    with subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        _, status = os.waitpid(process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+        assert not list(tmp_path.iterdir())
+        process.send_signal(signal.SIGCONT)
+        said, _ = process.communicate(timeout=30)
+    assert (process.returncode, said.splitlines()) == ALIVE
 
 
 def test_every_point_stands_in_the_code_once() -> None:

@@ -23,6 +23,8 @@ from tests.e2e.sim import Sim, until
 #: Shorter than a test's patience: the leases of killed providers end after it.
 TIMEOUT_MS = 6_000
 FROZEN_S = 4.0
+#: What a busy machine may add to a time that is promised to the tenth of a second.
+BUSY_S = 0.1
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +110,7 @@ async def test_nobody_of_a_role_is_left(
     for answer in refused:
         assert (answer.status, answer.error["type"]) == (503, "service_unavailable"), (answer.status, answer.error)
         assert int(answer.headers["retry-after"]) >= 1
-    assert slowest < (2.0 if frozen else 0.3)
+    assert slowest < (2.0 if frozen else 0.3) + BUSY_S
     assert len(refused) > (40 if frozen else 3)
     later = [await ask(one) for _ in range(4)]
     assert all(each.seen.ended_well for each in later)
