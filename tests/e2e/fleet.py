@@ -83,8 +83,9 @@ class Fleet:
         """Until every process (of these roles) is there and was heard after the last blow."""
         end = time.monotonic() + within
         after = max((blow.at for blow in self.blows), default=0.0)
+        killed = {blow.pid for blow in self.blows if not blow.frozen}  # its last beat may come after the blow
         while True:
-            pids = {role: self.pids(role) for role in roles or ROLES}
+            pids = {role: [pid for pid in self.pids(role) if pid not in killed] for role in roles or ROLES}
             if all(len(found) == self.scale for found in pids.values()) and all(
                 self._beats.get(pid, 0.0) > after for found in pids.values() for pid in found
             ):
