@@ -43,6 +43,9 @@ ELSEWHERE = {
     ".venv/bin/python -m tests.e2e.rounds --rounds 20": "tests/e2e/test_kills.py::test_killed_and_frozen_under_load",
     ".venv/bin/python -m tests.e2e.kill_points --times 3": "tests/e2e/test_kills.py::test_every_kill_point",
     ".venv/bin/python -m tests.e2e.chaos --minutes 10": "tests/e2e/test_blows.py::test_a_few_seconds_of_chaos",
+    ".venv/bin/python -m tests.load slow-reader": "tests/e2e/test_flow.py::test_a_slow_reader",
+    ".venv/bin/python -m tests.load stalled": "tests/e2e/test_flow.py::test_stalled_clients",
+    ".venv/bin/python -m tests.load soak": "tests/e2e/test_soak.py::test_a_soak",
     ". .venv/bin/activate": "tests/deploy/test_fresh.py::test_a_fresh_clone",
 }
 
