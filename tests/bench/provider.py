@@ -107,7 +107,7 @@ class _State:
     ledger = _Ledger()
 
     class registry:  # noqa: N801 - an attribute
-        fresh = True
+        fresh = ready = True
 
         @staticmethod
         def lookup(tenant: str, key: str) -> Principal:

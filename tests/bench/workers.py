@@ -56,7 +56,7 @@ class NoBus:
 class Yes:
     """A ledger, registry and clock that say yes."""
 
-    fresh = True
+    fresh = ready = True
 
     async def reserve(self, **fields: Any) -> Reserved:
         """Reserved."""
