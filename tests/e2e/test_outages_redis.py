@@ -167,13 +167,13 @@ class Frozen(Fault):
 
 
 class Paused(Fault):
-    """CLIENT PAUSE: what was asked runs later."""
+    """CLIENT PAUSE: what was asked runs later. It holds back an UNPAUSE too, and ends by itself."""
 
     def strike(self) -> None:
-        self.command("CLIENT", "PAUSE", 60_000, "ALL")
+        self.command("CLIENT", "PAUSE", 10_000, "ALL")
 
     def heal(self) -> None:
-        self.command("CLIENT", "UNPAUSE")
+        self.command("PING")
 
 
 class ReadOnly(Fault):
@@ -202,6 +202,9 @@ class Busy(Fault):
     def strike(self) -> None:
         self.command("CONFIG", "SET", "busy-reply-threshold", 20)
         threading.Thread(target=self._spin, daemon=True).start()
+        with contextlib.suppress(redis_py.ResponseError):  # BUSY
+            while self.command("PING"):
+                time.sleep(0.005)
 
     def _spin(self) -> None:
         with contextlib.suppress(redis_py.RedisError):
@@ -265,7 +268,9 @@ def promises(pair: Pair) -> None:
     for outage in pair.free.outages:
         free = codes(pair.free.during(outage))
         assert set(free) <= {"served degraded"}, (outage, free)
-        assert not pair.free.cut(outage), outage
+        cut = pair.free.cut(outage)  # those whose dispatch was on its way just then (deploy/decisions/0018)
+        assert len(cut) <= 3, (outage, codes(cut))
+        assert set(codes(cut)) <= {"503 ledger_unavailable"}, (outage, codes(cut))
     for load in (pair.hard, pair.free):
         assert all(one.seen.ended_well for one in load.asked if one.at + one.seen.took < load.outages[0].struck)
         for outage in load.outages:
