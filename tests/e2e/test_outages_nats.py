@@ -32,6 +32,8 @@ FULL = os.environ.get("OUTAGES") == "1"
 KILLED_S, FROZEN_S, BACK_S = 0.3, 2.0, 2.0
 GONE = {"503 bus_unavailable", "503 no_worker"}
 
+whole_matrix = pytest.mark.skipif(not FULL, reason="OUTAGES=1")
+
 
 @pytest.fixture(scope="module")
 def around(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
@@ -193,7 +195,7 @@ async def test_outages_in_turn(around: Servers, asking: Asking) -> None:
     promises(asking.load, *(fault for fault, _ in faults))
 
 
-@pytest.mark.skipif(not FULL, reason="OUTAGES=1")
+@whole_matrix
 @pytest.mark.parametrize(("kind", "seconds"), MATRIX, ids=lambda value: getattr(value, "__name__", f"{value} s"))
 async def test_an_outage(around: Servers, asking: Asking, kind: type[Fault], seconds: float) -> None:
     """Each alone."""
@@ -240,7 +242,8 @@ async def test_an_ingress_cut_off(around: Servers, up: Up, asking: Asking, ways:
         await asyncio.to_thread(lambda: promises(cut_off, Swallowed(around)))
 
 
-@pytest.mark.parametrize("role", ["guardian", "routing"] if FULL else ["guardian"])
+@whole_matrix
+@pytest.mark.parametrize("role", ["guardian", "routing"])
 async def test_a_worker_cut_off(around: Servers, up: Up, asking: Asking, role: str) -> None:
     """It was begun nowhere, so another one serves it: no request fails, for none of which text had come."""
     with alone(around, up, role) as (_extra, proxy):
@@ -248,7 +251,7 @@ async def test_a_worker_cut_off(around: Servers, up: Up, asking: Asking, role: s
             await asyncio.sleep(1.5)
             asking.load.struck(f"a {role} cut off")
             proxy.blackhole(up=True, down=True)
-            await asyncio.sleep(7.0 if FULL else 2.4)
+            await asyncio.sleep(7.0)
             proxy.heal()
             asking.load.healed()
             await asyncio.sleep(2.0)
@@ -299,6 +302,7 @@ def _over(books: dict[str, Entry], rids: set[str]) -> bool:
 # ---- slow, and cut in mid-message ------------------------------------------------------------------------------------
 
 
+@whole_matrix
 async def test_slow(around: Servers, asking: Asking) -> None:
     """Faults 28: 50 ms and 1 MB/s each way: slower, no error."""
     async with asking.load:
@@ -306,7 +310,7 @@ async def test_slow(around: Servers, asking: Asking) -> None:
         asking.load.struck("slow")
         around.to_nats.delay(0.05)
         around.to_nats.throttle(1_000_000)
-        await asyncio.sleep(10.0 if FULL else 2.0)
+        await asyncio.sleep(10.0)
         around.to_nats.heal()
         asking.load.healed()
         await asyncio.sleep(1.0)

@@ -84,7 +84,7 @@ class Pair:
                 await asyncio.sleep(seconds)
                 await asyncio.to_thread(fault.heal)
                 self.healed()
-                await asyncio.sleep(2.2)
+                await asyncio.sleep(2.5 if FULL else 1.7)
 
     def struck(self, name: str) -> None:
         """It begins now, for both."""
