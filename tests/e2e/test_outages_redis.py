@@ -272,7 +272,7 @@ def promises(pair: Pair) -> None:
         assert len(cut) <= 3, (outage, codes(cut))
         assert set(codes(cut)) <= {"503 ledger_unavailable"}, (outage, codes(cut))
     for load in (pair.hard, pair.free):
-        assert all(one.seen.ended_well for one in load.asked if one.at + one.seen.took < load.outages[0].struck)
+        assert all(one.seen.ended_well for one in load.asked if one.at + one.seen.took < load.outages[0].struck - 0.3)
         for outage in load.outages:
             assert load.recovery(outage) <= 2.0, outage
 
