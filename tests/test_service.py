@@ -60,6 +60,7 @@ class StandIn:
         self.registry = self
         self.circuits = self
         self.ready = True
+        self.available = True
         self.waiting = self.unknown = 0
         self.calls: list[str] = []
 

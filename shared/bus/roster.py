@@ -116,7 +116,7 @@ class Roster:
     def _fill(self, now: float) -> None:
         alive = [(instance, member) for instance, member in self._members.items() if _lives(member, now)]
         serving = [entry for entry in alive if not entry[1].beat.draining]
-        # Who has never reached Redis can only refuse: the last resort, and better than nobody's answer.
+        # Who does not reach Redis can only refuse, or serve degraded: the last resort, and better than nobody's answer.
         takers = [entry for entry in serving if entry[1].beat.loaded] or serving
         in_time = [entry for entry in takers if now - entry[1].heard < OVERDUE_S]
         self._pool, good_for = (in_time, OVERDUE_S) if in_time else (takers, ALIVE_S)

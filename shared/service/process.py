@@ -378,7 +378,7 @@ class Process:
 
 
 def _loaded(state: State) -> Callable[[], bool]:
-    return lambda: state.registry.ready
+    return lambda: state.registry.ready and state.available
 
 
 def _count_alive(roster: Roster) -> int:

@@ -42,6 +42,7 @@ from tests.e2e.outage import (
     ready,
     refusals,
 )
+from tests.e2e.proxy import Proxy
 from tests.e2e.rig import Up
 from tests.e2e.sim import Sim
 from tests.interop.target import says, with_v1
@@ -312,6 +313,32 @@ async def test_scripts_flushed_and_replies_cut(around: Servers, pair: Pair) -> N
         bad = [one for one in load.asked if not one.seen.ended_well]
         assert all(one.at + one.seen.took >= load.outages[0].struck for one in bad), codes(bad)
         assert len(bad) <= 6, codes(bad)
+
+
+@pytest.mark.skipif(not FULL, reason="OUTAGES=1")
+@pytest.mark.parametrize("role", ["guardian", "provider"])
+async def test_one_cut_off_alone(around: Servers, up: Up, pair: Pair, role: str) -> None:
+    """A worker that alone does not reach Redis refuses what comes in the first second; then its siblings, who do, have
+    its work, and it has it again within 2 s of the end. What it was calling is settled when it can be."""
+    with Proxy(around.redis.port) as proxy, Extra(up, role, REDIS_URL=f"redis://127.0.0.1:{proxy.port}/0"):
+        async with pair.hard, pair.free:
+            await asyncio.sleep(1.5)
+            pair.struck(f"a {role} cut off")
+            proxy.blackhole(up=True, down=True)
+            await asyncio.sleep(8.0)
+            proxy.heal()
+            pair.healed()
+            await asyncio.sleep(2.5)
+        await pair.check()
+    for load in (pair.hard, pair.free):
+        bad = [one for one in load.asked if not one.seen.ended_well]
+        assert all(one.seen.error["code"] == "ledger_unavailable" and one.seen.took <= LATE_S for one in bad), codes(
+            bad
+        )
+        assert all(one.at - load.outages[0].struck <= 1.5 for one in bad), [
+            one.at - load.outages[0].struck for one in bad
+        ]
+        assert load.recovery(load.outages[0]) <= 2.0
 
 
 @pytest.fixture
