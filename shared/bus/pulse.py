@@ -40,7 +40,7 @@ class Living:
     instance: str
     capacity: int
     in_flight: Callable[[], int]
-    loaded: Callable[[], bool]
+    redis: Callable[[], tuple[bool, bool]]  # whether it has reached Redis since its start, and does now
     bus: Bus
     sender: Sender
 
@@ -130,6 +130,7 @@ class Pulse:
         now = time.monotonic()
         for one in self._living:
             one.sender.sweep(now)
+            loaded, reaching = one.redis()
             beat = Beat(
                 role=one.role,
                 instance=one.instance,
@@ -137,7 +138,8 @@ class Pulse:
                 in_flight=0 if self._booting else one.in_flight(),
                 capacity=one.capacity,
                 draining=self._draining or self._booting,
-                loaded=one.loaded(),
+                loaded=loaded,
+                reaching=reaching,
                 metrics=self._url,
                 booting=self._booting,
             )

@@ -66,7 +66,11 @@ class Roster:
             self._admit(beat, now)
             return
         was = member.beat
-        if member.dead or (was.draining, was.loaded) != (beat.draining, beat.loaded) or now - member.heard >= OVERDUE_S:
+        if (
+            member.dead
+            or (was.draining, was.loaded, was.reaching) != (beat.draining, beat.loaded, beat.reaching)
+            or now - member.heard >= OVERDUE_S
+        ):
             self._pool_until = float("-inf")
         member.beat = beat
         member.heard = max(now, member.heard)
@@ -116,8 +120,9 @@ class Roster:
     def _fill(self, now: float) -> None:
         alive = [(instance, member) for instance, member in self._members.items() if _lives(member, now)]
         serving = [entry for entry in alive if not entry[1].beat.draining]
-        # Who does not reach Redis can only refuse, or serve degraded: the last resort, and better than nobody's answer.
-        takers = [entry for entry in serving if entry[1].beat.loaded] or serving
+        # Who never reached Redis can only refuse, who does not now refuses or serves degraded: better than nobody.
+        loaded = [entry for entry in serving if entry[1].beat.loaded] or serving
+        takers = [entry for entry in loaded if entry[1].beat.reaching] or loaded
         in_time = [entry for entry in takers if now - entry[1].heard < OVERDUE_S]
         self._pool, good_for = (in_time, OVERDUE_S) if in_time else (takers, ALIVE_S)
         self._pool_until = min((member.heard + good_for for _, member in self._pool), default=float("-inf"))

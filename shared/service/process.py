@@ -155,7 +155,7 @@ class Process:
 
     def _living(self, state: State) -> list[Living]:
         return [
-            Living(role.name, ctx.instance, role.capacity, role.in_flight, _loaded(state), ctx.bus, ctx.sender)
+            Living(role.name, ctx.instance, role.capacity, role.in_flight, _reach(state), ctx.bus, ctx.sender)
             for role, ctx in zip(self._roles, self._contexts, strict=True)
         ]
 
@@ -377,8 +377,8 @@ class Process:
             self._log.warning("could not close %s in time", what)
 
 
-def _loaded(state: State) -> Callable[[], bool]:
-    return lambda: state.registry.ready and state.available
+def _reach(state: State) -> Callable[[], tuple[bool, bool]]:
+    return lambda: (state.registry.ready, state.available)
 
 
 def _count_alive(roster: Roster) -> int:

@@ -275,7 +275,8 @@ class Beat(Struct, frozen=True, kw_only=True, omit_defaults=True):
     in_flight: int = 0
     capacity: int = 0
     draining: bool = False  # alive, and to be sent nothing
-    loaded: bool = True  # it has its copies and reaches Redis now; others are preferred to one that does not
+    loaded: bool = True  # it has reached Redis since its start, and so has its copies
+    reaching: bool = True  # it reaches Redis now; others are preferred to one that does not
     metrics: str = ""  # URL of the process's /metrics
     booting: bool = False  # draining, and about to take work
 

@@ -17,7 +17,7 @@ from tests.wire.samples import NOISE, newer
 
 
 def living(bus: MemoryBus, role: str = "guardian", instance: str = "g1") -> Living:
-    return Living(role, instance, 10, lambda: 3, lambda: True, bus, Sender(bus, role, instance, {}))
+    return Living(role, instance, 10, lambda: 3, lambda: (True, True), bus, Sender(bus, role, instance, {}))
 
 
 async def test_a_beat_at_once_and_on_and_on(monkeypatch: pytest.MonkeyPatch) -> None:
