@@ -69,6 +69,21 @@ def test_who_does_not_reach_redis_is_the_last_resort() -> None:
     assert set(picks(roster, 0.2)) == {"new"}
 
 
+def test_who_is_overdue_is_asked_only_when_nobody_is_in_time() -> None:
+    """faults 17: a frozen instance gets requests for half of the time in which it counts as alive."""
+    roster = roster_of(beat("a"), beat("b", 90))
+    roster.on_beat(beat("b", 90), 0.5)
+    assert picks(roster, OVERDUE_S - 0.01) == {"a": 400}  # in time, and has less to do
+    assert picks(roster, OVERDUE_S) == {"b": 400}
+    assert {b.instance for b in roster.alive(OVERDUE_S)} == {"a", "b"}
+    assert picks(roster, OVERDUE_S, skip=frozenset("b")) == {"a": 400}
+    assert picks(roster, 0.5 + OVERDUE_S) == {"a": 400}  # both are overdue: as if both were in time
+    roster.on_beat(beat("a"), 1.3)
+    assert picks(roster, 1.3) == {"a": 400}
+    roster.on_beat(beat("b"), 1.35)
+    assert set(picks(roster, 1.4)) == {"a", "b"}
+
+
 def test_the_less_loaded_of_two_is_taken() -> None:
     roster = roster_of(beat("idle", 0), beat("busy", 50))
     assert picks(roster, 0.1) == {"idle": 400}
