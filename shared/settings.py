@@ -53,6 +53,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     gateway_port: Annotated[Port, Meta(description="Port the ingress listens on.")] = 8080
     hotpath_listen_fd: Annotated[Descriptor, Meta(description="Listening socket handed down by `hotpath up`.")] = -1
     hotpath_ready_fd: Annotated[Descriptor, Meta(description="Where a role writes its ready line; -1 = nowhere.")] = -1
+    hotpath_together: Annotated[bool, Meta(description="Starts with the whole fleet: set by `hotpath up`.")] = False
     hotpath_data: Annotated[str, Meta(description="Folder for what `hotpath up` keeps.")] = ".hotpath"
     hotpath_catalog: Annotated[str, Meta(description="Catalogue of endpoints, models, prices.")] = "deploy/catalog.toml"
 

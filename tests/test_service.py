@@ -216,6 +216,7 @@ async def test_processes_that_boot_together_do_not_wait_for_each_other(
 ) -> None:
     """Each tells that it is booting before it waits to hear the others: a cold start takes no beat longer."""
     monkeypatch.setattr(pulse, "ACQUAINT_S", 60)
+    env["HOTPATH_TOGETHER"] = "true"
     broker = Broker()
     rigs = [Rig(env, log, Idle(role), broker=broker) for role in ("guardian", "routing")]
     async with asyncio.timeout(5):

@@ -78,6 +78,7 @@ class Slot:
     spec: Spec
     screen: Screen
     events: Events
+    together: bool = False  # its first life begins with the whole fleet's
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     died: asyncio.Event = field(default_factory=asyncio.Event)  # at least once
     refused: bool = False  # it exited with BAD_CONFIG before it was ever ready
@@ -170,6 +171,8 @@ class Slot:
         env = dict(self.spec.env)
         if self.spec.number > 1 or self.died.is_set():
             env.pop("KILLAT", None)
+        if self.together and not self.died.is_set():
+            env["HOTPATH_TOGETHER"] = "true"
         return env
 
     async def _probe(self, pid: int) -> None:

@@ -70,6 +70,7 @@ class Supervisor:
         self.slots: list[Slot] = []
         self.hurry = asyncio.Event()  # a second signal: kill
         self.leaving = asyncio.Event()
+        self._complete = False  # the fleet has been ready as a whole
         self._listener = listener
         self._warden = Warden(lock)
         self._events = Events(started=self._started, ready=self._ready, ended=self._ended)
@@ -100,7 +101,7 @@ class Supervisor:
 
     def start(self, spec: Spec) -> Slot:
         """Start one more process; returns at once."""
-        slot = Slot(spec, self.screen, self._events)
+        slot = Slot(spec, self.screen, self._events, together=not self._complete)
         self.slots.append(slot)
         slot.start()
         return slot
@@ -136,6 +137,7 @@ class Supervisor:
                 logs = self.slots[0].spec.log.parent
                 raise NotStarted(f"not ready within {READY_TIMEOUT_S:g} s: {late or 'GET /ready'} (logs: {logs})")
             work.result()
+            self._complete = True
             return True
         finally:
             work.cancel()

@@ -69,24 +69,26 @@ class Pulse:
             await bus.subscribe(subjects.beat(role, "*"), self._on_beat)
         self._listens_since = time.monotonic()
 
-    async def acquaint(self, roles: AbstractSet[str]) -> None:
-        """Return once everybody of these roles was heard: after `listen`, before work is taken. In a fleet at work that
-        is one beat after `listen`; where all are booting it is enough that each role was heard, since they will take
-        work when we do. An instance that leaves does not count.
+    async def acquaint(self, roles: AbstractSet[str], *, together: bool = False) -> None:
+        """Return once everybody of these roles was heard: one beat after `listen`, before work is taken. `together`:
+        the whole fleet starts now, so it is enough that each role was heard, if only booting: nobody is at work whose
+        beat could still be missing. An instance that leaves does not count.
 
         A worker that took work before it knew whom to hand it to could only refuse it, at once, and would be sent more
         for being idle: 300 refusals in the half second after a guardian's restart (measured). One that knew only one
-        instance of a role refused what was under way when that one was killed (seen: 503, its sibling lived).
+        of two, or only one that was booting, refused what its sibling could have passed on (seen: 503 after a routing
+        and a provider were killed in the same moment).
         """
+        if not together:
+            if roles:
+                await asyncio.sleep(max(0.0, self._listens_since + ACQUAINT_S - time.monotonic()))
+            return
         now = time.monotonic()
         self._awaited = {role for role in roles if not any(map(_stays, self._rosters[role].alive(now)))}
         if self._awaited:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._acquainted.wait(), ACQUAINT_S)
             self._awaited = set()
-        now = time.monotonic()
-        if any(not beat.draining for role in roles for beat in self._rosters[role].alive(now)):
-            await asyncio.sleep(self._listens_since + ACQUAINT_S - now)
 
     def announce(self, living: list[Living]) -> None:
         """Say that these are booting: they are to be sent nothing yet, but nobody need wait to hear of them."""

@@ -143,7 +143,8 @@ class Process:
             self._contexts.append(self._context(role, state, server))
         await self._subscribe(state)
         self._pulse.announce(self._living(state))
-        await self._pulse.acquaint((self._rosters.keys() & set(ROLES)) - self._instances.keys())
+        others = (self._rosters.keys() & set(ROLES)) - self._instances.keys()
+        await self._pulse.acquaint(others, together=settings.hotpath_together)
         for role, ctx in zip(self._roles, self._contexts, strict=True):
             await ctx.sender.start()
             await role.start(ctx)

@@ -103,7 +103,7 @@ async def test_the_others_are_heard_before_work_is_taken(monkeypatch: pytest.Mon
     bus = Broker().client("one")
     pulse = Pulse({"routing": Roster("routing"), "provider": Roster("provider")})
     await pulse.listen(bus, ["routing", "provider"])
-    waiting = asyncio.ensure_future(pulse.acquaint({"routing", "provider"}))
+    waiting = asyncio.ensure_future(pulse.acquaint({"routing", "provider"}, together=True))
     bus.publish(
         subjects.beat("routing", "r1"), encode(Beat(role="routing", instance="r1", draining=True, booting=True))
     )
@@ -114,19 +114,20 @@ async def test_the_others_are_heard_before_work_is_taken(monkeypatch: pytest.Mon
     )
     async with asyncio.timeout(1):
         await waiting
-        await pulse.acquaint({"routing"})
-        await pulse.acquaint(set())
+        await pulse.acquaint({"routing"}, together=True)
+        await pulse.acquaint(set(), together=True)
 
 
 async def test_in_a_fleet_at_work_everybody_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who knew one of two would refuse everything when that one is killed: one whole beat is waited for."""
+    """Who knew one of two, or one that boots, would refuse what the other could take: a whole beat is waited for."""
     monkeypatch.setattr(module, "ACQUAINT_S", 0.4)
     bus = Broker().client("one")
     roster = Roster("routing")
     pulse = Pulse({"routing": roster})
     await pulse.listen(bus, ["routing"])
     waiting = asyncio.ensure_future(pulse.acquaint({"routing"}))
-    bus.publish(subjects.beat("routing", "r1"), encode(Beat(role="routing", instance="r1")))
+    boots = Beat(role="routing", instance="r1", draining=True, booting=True)
+    bus.publish(subjects.beat("routing", "r1"), encode(boots))
     await asyncio.sleep(0.1)
     assert not waiting.done()
     bus.publish(subjects.beat("routing", "r2"), encode(Beat(role="routing", instance="r2")))
@@ -148,7 +149,7 @@ async def test_who_boots_is_heard_and_who_leaves_is_not(monkeypatch: pytest.Monk
     await seen.count(1)
     first = decode_beat(seen.payloads[0])
     assert (first.booting, first.draining, first.in_flight, first.metrics) == (True, True, 0, "")
-    waiting = asyncio.ensure_future(pulse.acquaint({"routing"}))
+    waiting = asyncio.ensure_future(pulse.acquaint({"routing"}, together=True))
     bus.publish(subjects.beat("routing", "r1"), encode(Beat(role="routing", instance="r1", draining=True)))
     await asyncio.sleep(0.01)
     assert not waiting.done()
@@ -156,7 +157,7 @@ async def test_who_boots_is_heard_and_who_leaves_is_not(monkeypatch: pytest.Monk
     bus.publish(subjects.beat("routing", "r2"), encode(boots))
     async with asyncio.timeout(1):
         await waiting
-        await pulse.acquaint({"routing"})
+        await pulse.acquaint({"routing"}, together=True)
     assert roster.pick(time.monotonic()) is None, "neither gets work"
     pulse.start([living(bus)], "http://m")
     await seen.count(2)
@@ -168,4 +169,4 @@ async def test_nobody_is_waited_for_longer_than_a_beat(monkeypatch: pytest.Monke
     monkeypatch.setattr(module, "ACQUAINT_S", 0.01)
     pulse = Pulse({"routing": Roster("routing")})
     async with asyncio.timeout(1):
-        await pulse.acquaint({"routing"})
+        await pulse.acquaint({"routing"}, together=True)

@@ -203,7 +203,10 @@ async def run(
             say(f"{time.monotonic() - began:5.1f} s  {number:3} of {len(wanted)}  {visit.name}: at most +{slow:.2f} s,"
                 f" {len(points.wrong)} wrong")  # fmt: skip
         await fleet.whole()
-    assert not points.wrong, "\n".join(points.wrong)
+    if points.wrong:
+        calls = verdict.calls(await asyncio.to_thread(entries, up, made["tenant"]))
+        told = [f"{wrong}\n    {calls.get(wrong.rpartition('(')[2].rstrip(')'))}" for wrong in points.wrong]
+        raise AssertionError("\n".join(told))
     asked = [shot.asked for shot in points.shots]
     for shot in points.lost:
         asked.append(shot.asked)

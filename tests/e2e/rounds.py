@@ -40,7 +40,10 @@ LEASE_S = 1 + 5
 SPARE_FDS = 120
 
 #: What a fleet for these tests runs with. The breaker is another test's matter.
-SETTINGS = {"CIRCUIT_FAILURE_THRESHOLD": "1000000", "LEDGER_LEASE_GRACE_MS": "1000", "HOTPATH_TEST": "1"}
+SETTINGS = {
+    "CIRCUIT_FAILURE_THRESHOLD": "1000000", "CIRCUIT_MIN_REQUESTS": "1000000", "LEDGER_LEASE_GRACE_MS": "1000",
+    "HOTPATH_TEST": "1",
+}  # fmt: skip
 SCALE = "ingress=2,guardian=2,routing=2,provider=2"
 
 Say = Callable[[str], None]
