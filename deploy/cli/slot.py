@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import math
 import os
 import signal
 import time
@@ -89,7 +90,7 @@ class Slot:
     task: "asyncio.Task[None] | None" = None  # ends only by `stop`, a refusal, or a fault (its log cannot be opened)
     _stopping: bool = False
     _ever_ready: bool = False
-    _was_ready: bool = False  # in this life
+    _ready_at: float = math.inf  # in this life
 
     def start(self) -> None:
         """Begin; returns at once."""
@@ -101,7 +102,7 @@ class Slot:
         try:
             while not self._stopping:
                 started = time.monotonic()
-                self._was_ready = False
+                self._ready_at = math.inf
                 code, tail = await self._run(log)
                 self.died.set()
                 if self._stopping:
@@ -110,7 +111,7 @@ class Slot:
                     self.refused = True
                     return
                 now = time.monotonic()
-                wait = backoff.pause(now, alive=now - started, was_ready=self._was_ready)
+                wait = backoff.pause(now, alive=now - started, served=now - self._ready_at)
                 self._tell(code, tail, wait)
                 await asyncio.sleep(wait)
         finally:
@@ -183,7 +184,7 @@ class Slot:
     def _on_ready(self, pid: int, found: dict[str, Any]) -> None:
         if self.process is None or self.process.pid != pid:
             return
-        self._ever_ready = self._was_ready = True
+        self._ever_ready, self._ready_at = True, time.monotonic()
         metrics = found.get("metrics")
         self.metrics = metrics if isinstance(metrics, str) else ""
         self.events.ready(self.spec, pid, found)

@@ -240,12 +240,12 @@ def test_backoff() -> None:
     backoff = Backoff()
     waits = [unready(backoff) for _ in range(10)]
     assert waits == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10, 10, 10]
-    assert backoff.pause(0.0, alive=30.0, was_ready=False) == 0.1
+    assert backoff.pause(0.0, alive=30.0, served=0.0) == 0.1
 
 
 def unready(backoff: Backoff) -> float:
     """The wait after a death before it was ready."""
-    return backoff.pause(0.0, alive=0.0, was_ready=False)
+    return backoff.pause(0.0, alive=0.0, served=0.0)
 
 
 def test_what_had_served_comes_back_at_once() -> None:
@@ -253,16 +253,16 @@ def test_what_had_served_comes_back_at_once() -> None:
     backoff, now, starts = Backoff(), 0.0, 0
     waits = []
     for _ in range(20):
-        waits.append(backoff.pause(now, alive=1.0, was_ready=True))
+        waits.append(backoff.pause(now, alive=1.5, served=1.0))
         now += 1.0 + waits[-1]
     assert waits == [0.1] * 20
     until = now + 600
     while now < until:
-        now += 1.0 + backoff.pause(now, alive=1.0, was_ready=True)
+        now += 1.0 + backoff.pause(now, alive=1.5, served=1.0)
         starts += 1
     assert starts < 600 / 5
     now += 20 * REFILL_S
-    assert [backoff.pause(now, alive=1.0, was_ready=True) for _ in range(20)] == [0.1] * 20
+    assert [backoff.pause(now, alive=1.5, served=1.0) for _ in range(20)] == [0.1] * 20
 
 
 def test_scale() -> None:
