@@ -25,7 +25,10 @@ from shared.wire.openai import ChatRequest, parse_chat
 Done = Literal["inline", "append", "comment"]
 DONE_FORMS: Final[dict[str, Done]] = {"inline": "inline", "append": "append", "comment": "comment"}
 
-_JSON_TYPE: Final = re.compile(r"application/json[ \t]*(;[ \t]*charset=\"?(utf-8|us-ascii)\"?[ \t]*)?\Z", re.IGNORECASE)
+#: `utf8` and a semicolon without a parameter are not as the RFC has them, and are sent.
+_JSON_TYPE: Final = re.compile(
+    r"application/json[ \t]*(;[ \t]*(charset=\"?(utf-?8|us-ascii)\"?[ \t]*;?[ \t]*)?)?\Z", re.IGNORECASE
+)
 _DIGITS: Final = re.compile(r"[0-9]{1,12}\Z")
 
 
@@ -109,7 +112,7 @@ class Chat:
             if len(body) > limit:
                 raise self._too_large(visit)
             return body
-        if "Expect" in request.headers:
+        if "Expect" in request.headers and not visit.http10:  # RFC 9110 10.1.1: HTTP/1.0 knows none
             self._expect(visit)
         parts: list[bytes] = []
         size = 0

@@ -29,9 +29,10 @@ _HEAD, _BODY, _SIZE, _DATA, _TRAILER = range(5)
 
 _CHUNK: Final = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?\r\n")
 #: The first of: a length (1), a coding (2), the end of the head (3). A head with both a length and a coding is refused
-#: by the parser, so the first will do.
+#: by the parser, so the first will do. The parser takes any number of leading zeros, and a length that is not seen here
+#: would let the client write, in that body, a head that makes the rest of the connection look like one long body.
 _NEXT: Final = re.compile(
-    rb"\r\n(?:(?i:content-length):[ \t]*([0-9]{1,18})[ \t]*(?=\r\n)|((?i:transfer-encoding)):|(\r\n))"
+    rb"\r\n(?:(?i:content-length):[ \t]*0*([0-9]{1,18})[ \t]*(?=\r\n)|((?i:transfer-encoding)):|(\r\n))"
 )
 
 

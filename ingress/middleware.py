@@ -71,12 +71,15 @@ class Visit:
 
     def reply(self, status: int, body: bytes, fields: render.Fields) -> Reply:
         """A whole answer."""
+        unread = not self.request.content.is_eof()
         keep = self.keep and not self.door.leaving
+        if unread and "Expect" in self.request.headers:  # whether the body still comes is the client's choice now, so
+            keep = False  # what it sends next could be that body or a request (RFC 9110 10.1.1)
         named = [*self.fields(), *fields, ("Content-Length", str(len(body)))]
         top = render.head(status, named, self.door.date(), http10=self.http10, keep=keep)
         if self.request.method == "HEAD":
             return Reply(status, top, keep=keep)
-        linger = not keep and not self.request.content.is_eof()
+        linger = not keep and unread
         if len(body) > 65_536:  # joining would copy it once more
             return Reply(status, top, body, keep=keep, linger=linger)
         return Reply(status, top + body, keep=keep, linger=linger)

@@ -107,9 +107,17 @@ async def test_46_47_only_plain_json(world: World, http: aiohttp.ClientSession, 
     refused(world)
 
 
-async def test_json_with_a_charset_is_json(world: World, http: aiohttp.ClientSession) -> None:
-    headers = {"Content-Type": 'Application/JSON; charset="UTF-8"'}
-    async with http.post(world.url + CHAT, data=RAW, headers=headers) as answer:
+@pytest.mark.parametrize(
+    "given",
+    [
+        'Application/JSON; charset="UTF-8"',
+        "application/json;",
+        "application/json; charset=utf-8;",
+        "application/json;charset=UTF8",
+    ],
+)
+async def test_json_with_a_charset_is_json(world: World, http: aiohttp.ClientSession, given: str) -> None:
+    async with http.post(world.url + CHAT, data=RAW, headers={"Content-Type": given}) as answer:
         assert answer.status == 200
 
 
@@ -196,6 +204,21 @@ async def test_66_expect_100_continue(make_world: MakeWorld) -> None:
     assert b"HTTP/1.1 400 " in body
     status, _, _ = await raw(world, head + b"Expect: a miracle\r\n\r\n")
     assert status == 400
+
+
+async def test_66_a_final_answer_to_an_expectation(world: World) -> None:
+    """RFC 9110 10.1.1: the client need not send the body any more, so what it sends next could be either."""
+    head = POST + HOST + TYPE + b"Content-Length: %d\r\nExpect: 100-continue\r\n" % len(RAW)
+    status, fields, _ = await raw(world, head + b"Authorization: Bearer wrong\r\n\r\n")
+    assert status == 401
+    assert b"\r\nConnection: close" in fields
+
+
+async def test_66_http_1_0_knows_no_expectation(make_world: MakeWorld) -> None:
+    world = await make_world(CLIENT_BODY_MS="500")
+    head = POST.replace(b"HTTP/1.1", b"HTTP/1.0") + HOST + AUTH + TYPE + b"Content-Length: %d\r\n" % len(RAW)
+    status, _, _ = await raw(world, head + b"Expect: 100-continue\r\n\r\n")
+    assert status == 400, "no interim answer before the body's time was up"
 
 
 # ---- framing (Http11Probe)
