@@ -143,7 +143,8 @@ class Walk:
             return True
         reach("provider.before_dispatch")
         answer: Dispatched | None = None
-        for _ in range(2):  # a dispatch without a reply is asked again once
+        doubt = False  # no answer came: it may have been applied all the same
+        for _ in range(2):  # without a reply, or run too late by Redis, it is asked again once
             try:
                 answer = await self._provider.ledger.dispatch(
                     tenant=ask.tenant, rid=ask.rid, delivery=ask.delivery, instance=self._provider.instance,
@@ -151,14 +152,16 @@ class Walk:
                     not_after=self._provider.clock.now() + NOT_AFTER_MS,
                 )  # fmt: skip
             except StateUnavailable:
+                doubt = True
                 continue
-            break
+            if answer.status != "stale":
+                break
         if answer is not None and answer.status == "won":
             reach("provider.after_dispatch")
             self.call = answer.call
             return True
         assert self._channel is not None
-        if answer is None:
+        if answer is None or (doubt and answer.status in ("stale", "late")):
             self._fail(errors.LedgerDown(_IN_DOUBT).body())
             self._provider.void_doubt(message, 1)
         elif answer.status in ("refused", "closed") and answer.holder:
@@ -342,6 +345,8 @@ class Walk:
                     max_calls=message.plan.max_calls, not_after=self._provider.clock.now() + NOT_AFTER_MS,
                 )  # fmt: skip
             except StateUnavailable:
+                continue
+            if answer.status == "stale":  # run too late, so nothing was opened
                 continue
             if answer.status == "won":
                 reach("provider.after_topup")

@@ -449,6 +449,51 @@ async def test_a_dispatch_in_doubt_makes_no_call(valkey_url: str, monkeypatch: p
         assert await rig.bill(request.rid) == []
 
 
+@pytest.mark.parametrize("verb", ["dispatch", "topup"])
+async def test_what_redis_ran_too_late_is_asked_again(
+    valkey_url: str, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """A stale dispatch or top-up has opened nothing: one more try is safe, and the request is served."""
+    async with running(valkey_url) as rig:
+        ledger, real, asked = rig.ctx.state.ledger, getattr(rig.ctx.state.ledger, verb), []
+
+        async def late(**fields: Any) -> Any:
+            if not asked:
+                fields["not_after"] = 1
+            asked.append(await real(**fields))
+            return asked[-1]
+
+        monkeypatch.setattr(ledger, verb, late)
+        if verb == "topup":
+            await rig.fault({"status": 503}, endpoint="default")
+        request = await rig.send(steps=(FAST, TWO))
+        assert (await rig.answer(request)).end.summary.settled
+        assert [found.status for found in asked] == ["stale", "won"]
+        assert len(await rig.bill(request.rid)) == 1
+
+
+async def test_a_dispatch_that_may_have_run_before_a_late_one_is_taken_back(
+    valkey_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first won and its reply was lost, the second ran too late: no call is made, and nothing stays open."""
+    async with running(valkey_url) as rig:
+        ledger, real, asked = rig.ctx.state.ledger, rig.ctx.state.ledger.dispatch, []
+
+        async def lost_then_late(**fields: Any) -> Any:
+            asked.append(await real(**({**fields, "not_after": 1} if asked else fields)))
+            if len(asked) == 1:
+                raise StateUnavailable("the reply was lost")
+            return asked[-1]
+
+        monkeypatch.setattr(ledger, "dispatch", lost_then_late)
+        request = await rig.send()
+        assert (await rig.answer(request)).failed.error.code == LedgerDown.code
+        assert [found.status for found in asked] == ["won", "stale"]
+        [entry] = await rig.settled(request.rid)
+        assert (entry.state, entry.cost) == ("settled", 0)
+        assert await rig.bill(request.rid) == []
+
+
 async def test_a_top_up_in_doubt_makes_no_further_call(valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async with running(valkey_url) as rig:
         ledger, real = rig.ctx.state.ledger, rig.ctx.state.ledger.topup
