@@ -455,7 +455,8 @@ async def test_what_redis_ran_too_late_is_asked_again(
 ) -> None:
     """A stale dispatch or top-up has opened nothing: one more try is safe, and the request is served."""
     async with running(valkey_url) as rig:
-        ledger, real, asked = rig.ctx.state.ledger, getattr(rig.ctx.state.ledger, verb), []
+        ledger, real = rig.ctx.state.ledger, getattr(rig.ctx.state.ledger, verb)
+        asked: list[Any] = []
 
         async def late(**fields: Any) -> Any:
             if not asked:
@@ -477,7 +478,8 @@ async def test_a_dispatch_that_may_have_run_before_a_late_one_is_taken_back(
 ) -> None:
     """The first won and its reply was lost, the second ran too late: no call is made, and nothing stays open."""
     async with running(valkey_url) as rig:
-        ledger, real, asked = rig.ctx.state.ledger, rig.ctx.state.ledger.dispatch, []
+        ledger, real = rig.ctx.state.ledger, rig.ctx.state.ledger.dispatch
+        asked: list[Any] = []
 
         async def lost_then_late(**fields: Any) -> Any:
             asked.append(await real(**({**fields, "not_after": 1} if asked else fields)))
