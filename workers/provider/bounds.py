@@ -10,3 +10,10 @@ MAX_PREFIX: Final = 65_536
 #: A drain goes on for so long at most. A server's socket holds 4 MiB (Linux, tcp_wmem), some 16,000 events, of which
 #: one process reads 100,000 a second: of 40 such streams at once.
 MAX_DRAIN_S: Final = 5.0
+#: An endpoint that said nothing for so much of the time it normally has is at fault, whichever timer ended the call: a
+#: request's deadline began some ms before its call, and TIMEOUT_MS is TIMEOUT_OPENAI_MS by default.
+PATIENCE: Final = 0.9
+#: The asker's deadline is the same as ours, and its cancel may be here first.
+EARLY_S: Final = 0.5
+#: A timer of the loop may come so much too early (uvloop counts whole milliseconds).
+TIMER_S: Final = 0.002

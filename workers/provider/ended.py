@@ -10,6 +10,7 @@ from shared.wire import errors
 from shared.wire.errors import HotpathError
 from shared.wire.messages import ErrorBody
 from workers.provider.address import OutOfDescriptors
+from workers.provider.bounds import EARLY_S, PATIENCE, TIMER_S
 
 if TYPE_CHECKING:
     from shared.settings import Settings
@@ -28,6 +29,7 @@ _ANSWERS: Final = (
 class Limits(Struct, frozen=True, kw_only=True):
     """Loop times and seconds."""
 
+    blame: float  # loop time: an endpoint silent until then is at fault (bounds.PATIENCE)
     connect_s: float
     head: float  # loop time until which the head must have come
     first_token: float  # loop time
@@ -48,7 +50,9 @@ class Limits(Struct, frozen=True, kw_only=True):
         first = now + settings.timeout_first_token_ms / 1000
         if chain_until is not None:
             first = min(first, max(chain_until, now))
+        patience = settings.timeout_first_token_ms if stream else min(settings.timeout_openai_ms, settings.timeout_ms)
         return cls(
+            blame=now + PATIENCE * patience / 1000,
             connect_s=max(0.001, min(settings.timeout_openai_ms / 1000, deadline - now)),
             head=head,
             first_token=first,
@@ -103,8 +107,24 @@ def failure_of(exc: HotpathError | UpstreamFailure) -> Failure:
     return Failure(exc.body(), retryable=True, same_endpoint=True, endpoint_fault=True)
 
 
-def unsent(exc: HotpathError) -> Ended:
+def late(limits: Limits, now: float, *, silent: bool) -> Failure:
+    """The request's own time is up, or its asker gave up. That is the endpoint's fault if it was `silent` and had the
+    time it normally has: else one client in a hurry would open the circuit for all (I10)."""
+    fault = silent and now >= max(limits.blame, limits.deadline - EARLY_S)
+    return Failure(errors.DeadlineExceeded().body(), retryable=False, same_endpoint=False, endpoint_fault=fault)
+
+
+def slow(limits: Limits, now: float, *, head: bool, begun: bool) -> Failure:
+    """The upstream's time is up: for its `head`, the next event of what has `begun`, or a first token. The last is due
+    sooner when the chain ends sooner, which is no fault of this endpoint."""
+    fault = begun or now >= limits.blame or (head and now >= limits.head)
+    return Failure(errors.UpstreamTimeout().body(), retryable=True, same_endpoint=False, endpoint_fault=fault)
+
+
+def unsent(exc: HotpathError, limits: Limits, now: float) -> Ended:
     """No server has seen the request. What is our fault says nothing of the endpoint's circuit (faults 87)."""
+    if isinstance(exc, errors.UpstreamTimeout) and now >= limits.deadline - TIMER_S:
+        return Ended(error=errors.DeadlineExceeded().body(), outcome=False if now >= limits.blame else None)
     ours = isinstance(exc, errors.GatewayFault)
     further = not isinstance(exc, OutOfDescriptors)
     return Ended(error=exc.body(), retryable=further, same_endpoint=further, outcome=None if ours else False)

@@ -15,7 +15,6 @@ Nothing is given out before something billed has come (`translator.started`): un
 
 import asyncio
 from collections.abc import Callable, Mapping
-from typing import Final
 
 from shared.core import sse
 from shared.core.translators.base import Failure, Translator, UpstreamFailure
@@ -24,14 +23,10 @@ from shared.service.killat import reach, reach_soon
 from shared.wire import errors
 from shared.wire.errors import HotpathError, UpstreamError
 from workers.provider.bounds import MAX_DRAIN_S, MAX_PREFIX, TAIL_S
-from workers.provider.ended import Ended, Limits, content_length, failure_of, mode_of, refused, unsent
+from workers.provider.ended import Ended, Limits, content_length, failure_of, late, mode_of, refused, slow, unsent
 from workers.provider.upstream import Connection, Lost, Pool
 
-DIAL: Final = 0
-SENT: Final = 1
-BODY: Final = 2
-DRAIN: Final = 3
-OVER: Final = 4
+DIAL, SENT, BODY, DRAIN, OVER = range(5)
 
 
 class Exchange:
@@ -98,7 +93,7 @@ class Exchange:
         try:
             connection = await self._dialling
         except HotpathError as exc:
-            self._finish(unsent(exc))
+            self._finish(unsent(exc, self._limits, self._loop.time()))
         except asyncio.CancelledError:
             if not self._cancelled:
                 raise  # the request's own task was cancelled
@@ -129,7 +124,11 @@ class Exchange:
         elif self._phase == BODY and self._tail_due:
             self.pause(paused=False)  # all was generated, its usage is to come: within TAIL_S
         elif self._phase in (SENT, BODY):
-            self._drain(Failure(errors.DeadlineExceeded().body(), False, False, False))
+            self._drain(late(self._limits, self._loop.time(), silent=self._silent()))
+
+    def _silent(self) -> bool:
+        """Whether a head or a first token is still waited for."""
+        return self._phase == SENT or (self._stream and not self._translator.started)
 
     def pause(self, paused: bool) -> None:
         """The client does not take what there is, or does again."""
@@ -177,11 +176,12 @@ class Exchange:
         if now < due:
             self._set(due)
         elif now >= self._limits.deadline:
-            self._drain(Failure(errors.DeadlineExceeded().body(), False, False, False))
+            self._drain(late(self._limits, now, silent=self._silent()))
         elif self._tail_due and now >= self._tail_due:
             self._complete()
         else:
-            self._drain(Failure(errors.UpstreamTimeout().body(), True, False, True))
+            head = self._phase == SENT
+            self._drain(slow(self._limits, now, head=head, begun=self._translator.started))
 
     # ---- the connection's callbacks ----------------------------------------------------------------------------------
 
@@ -230,7 +230,7 @@ class Exchange:
         connection, self._connection = self._connection, None
         if lost.unsent and self._phase == SENT and connection is not None:
             if self._replaced or connection.fresh:
-                self._finish(unsent(UpstreamError("The provider closed the connection.")))
+                self._finish(unsent(UpstreamError("The provider closed the connection."), self._limits, 0.0))
             else:
                 self._replaced = True
                 self._phase = DIAL

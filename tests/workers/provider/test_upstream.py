@@ -112,11 +112,11 @@ class Client:
     def exchange(self, out: list[bytes], *, stream: bool = True, **limits: Any) -> tuple[Exchange, Any]:
         now = self.loop.time()
         given: dict[str, Any] = {
-            "connect_s": 2.0, "head": now + 2, "first_token": now + 2, "idle_s": 2.0, "deadline": now + 5,
-            "drain_s": 0.2, "max_bytes": 1 << 20,
+            "blame": now + 2, "connect_s": 2.0, "head": now + 2, "first_token": now + 2, "idle_s": 2.0,
+            "deadline": now + 5, "drain_s": 0.2, "max_bytes": 1 << 20,
         }  # fmt: skip
         for name, value in limits.items():
-            given[name] = now + value if name in ("head", "first_token", "deadline") else value
+            given[name] = now + value if name in ("blame", "head", "first_token", "deadline") else value
         translator = OpenAI().translator(ask(stream=stream), ("the-key-of-the-endpoint",))
         return Exchange(self.loop, self.pool, translator, Limits(**given), stream=stream, out=out.append), translator
 
@@ -341,6 +341,60 @@ async def test_timers(answer: bytes, limits: dict[str, Any], retryable: bool) ->
         assert result.ended.retryable is retryable
         assert result.ended.billed
         assert 0.05 < result.took_s < 0.6
+
+
+@pytest.mark.parametrize(
+    ("answer", "stream", "limits", "outcome"),
+    [
+        # by default a whole answer's own deadline comes just before the timer of the endpoint
+        (b"", False, {"deadline": 0.1, "blame": 0.05}, False),
+        (SSE_HEAD, True, {"deadline": 0.1, "blame": 0.05}, False),
+        (b"", False, {"deadline": 0.1}, None),
+        (SSE_HEAD, True, {"deadline": 0.1}, None),
+        (SSE_HEAD + chunked(event("a"), last=False), True, {"deadline": 0.1, "blame": 0.05}, None),
+        # the end of the chain left it less than a first token may take
+        (SSE_HEAD, True, {"first_token": 0.1}, None),
+        (SSE_HEAD, True, {"first_token": 0.1, "blame": 0.05}, False),
+        (b"", True, {"head": 0.1}, False),
+        (SSE_HEAD + chunked(event("a"), last=False), True, {"idle_s": 0.1}, False),
+    ],
+)
+async def test_silence_is_the_endpoint_s_fault_if_it_had_its_time(
+    answer: bytes, stream: bool, limits: dict[str, Any], outcome: bool | None
+) -> None:
+    """decisions/0011, I10: whichever timer ends a call, a client in a hurry says nothing to the circuit."""
+    async with client_of(after_request(answer, close=False)) as (client, _):
+        result = await client.call(stream=stream, **limits)
+        assert result.ended.error is not None
+        assert result.ended.outcome is outcome
+
+
+@pytest.mark.parametrize(("blame", "outcome"), [(2, None), (0.05, False)])
+async def test_a_dial_that_the_deadline_ends(
+    monkeypatch: pytest.MonkeyPatch, blame: float, outcome: bool | None
+) -> None:
+    """A client in a hurry (X-Timeout-Ms: 100) and a provider far away: no circuit hears of it, nobody else is tried."""
+
+    async def dial(_pool: Pool) -> Any:
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(Pool, "_dial", dial)
+    result = await Client("http://127.0.0.1:1").call(connect_s=0.1, deadline=0.1, blame=blame)
+    assert result.ended.error is not None
+    assert (result.ended.error.status, result.ended.error.code) == (504, "deadline_exceeded")
+    assert (result.ended.outcome, result.ended.retryable, result.ended.billed) == (outcome, False, False)
+
+
+async def test_a_cancel_at_the_deadline_is_the_deadline() -> None:
+    """The asker's timer is the same as ours, and its cancel may be here first."""
+    async with client_of(b"") as (client, server), asyncio.timeout(5):
+        exchange, _ = client.exchange([], stream=False, deadline=0.4, blame=0.0)
+        running = asyncio.create_task(exchange.run(client.request()))
+        while not server.requests:
+            await asyncio.sleep(0.005)
+        exchange.cancel()
+        ended = await running
+        assert (ended.cancelled, ended.outcome) == (True, False)
 
 
 async def test_a_byte_at_a_time_does_not_keep_a_stream_alive() -> None:
