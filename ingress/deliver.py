@@ -26,8 +26,12 @@ from shared.wire.messages import Admit, Ask, ErrorBody, Frame, Hop, Unknown, enc
 
 #: Credit is given when this much of a stream's window is free (DESIGN 3: half a window).
 HALF_WINDOW: Final = stream.WINDOW // 2
-#: However slow the workers are, a lost delivery is made again within this.
-MAX_HANDOFF_S: Final = 5.0
+#: However slow the workers are, a lost delivery is made again within so many hand-off times (1.5 s): later none of its
+#: round may be begun.
+MAX_STRETCH: Final = stream.BEGUN_WITHIN
+#: One observation in this time. What a thaw (of NATS, of a worker) brings in one turn is one event, not load: a hundred
+#: such samples took the running quantile from 5 ms to the whole stall, and the next freeze was told after 3.1 s.
+OBSERVE_S: Final = 0.005
 
 Terminal = Finish | Fail
 
@@ -40,19 +44,23 @@ NOWHERE: Final = Whole()
 class Handoff:
     """How long to wait for `Accepted`: HANDOFF_TIMEOUT_MS, stretched to twice the observed p99 under load."""
 
-    __slots__ = ("_floor", "_p99")
+    __slots__ = ("_observed_at", "_p99", "usual")
 
-    def __init__(self, floor: float) -> None:
-        self._floor = floor
+    def __init__(self, usual: float) -> None:
+        self.usual = usual
         self._p99 = 0.0
+        self._observed_at = float("-inf")
 
     @property
     def seconds(self) -> float:
         """The time-out of the next delivery."""
-        return min(max(self._floor, 2 * self._p99), max(self._floor, MAX_HANDOFF_S))
+        return min(max(self.usual, 2 * self._p99), MAX_STRETCH * self.usual)
 
-    def observe(self, seconds: float) -> None:
+    def observe(self, seconds: float, now: float) -> None:
         """A delivery was accepted after this time. A running quantile: steps of 99 up against 1 down balance at p99."""
+        if now - self._observed_at < OBSERVE_S:
+            return
+        self._observed_at = now
         step = max(self._p99, 0.001) * 0.05
         self._p99 = max(0.0, self._p99 + step * (0.99 if seconds > self._p99 else -0.01))
 
@@ -157,7 +165,8 @@ class Exchange:
         """The first delivery. When nobody can take it, `done` has the failure at once."""
         self.sink = sink
         self.desk.enter(self)
-        self._act(self.machine.begin(self.desk.clock(), self.desk.handoff.seconds))
+        handoff = self.desk.handoff
+        self._act(self.machine.begin(self.desk.clock(), handoff.seconds, handoff.usual))
 
     def frame(self, frame: Frame | Unknown, sender: str, now: float) -> None:
         """A frame for this stream."""
@@ -212,7 +221,7 @@ class Exchange:
     def _accepted(self, now: float) -> None:
         machine = self.machine
         if machine.holder and machine.delivery == machine.newest:
-            self.desk.handoff.observe(now - machine.sent_at)
+            self.desk.handoff.observe(now - machine.sent_at, now)
 
     def _write(self, event: Write, now: float) -> None:
         reach("ingress.mid_stream" if self.first_at else "ingress.first_delta")

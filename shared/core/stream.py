@@ -52,8 +52,9 @@ __all__ = ["Deliver", "Discard", "Event", "Events", "Fail", "Finish", "Limits", 
 
 #: At most this many deliveries of one request, the first included (DESIGN 3, liveness).
 MAX_DELIVERIES: Final = 4
-#: A round is the deliveries made while nobody owns the stream. In hand-off times (500 ms by default) from its first:
-#: how long any of its deliveries may be begun, by when who is frozen is found out too (1.5 s of silence) ...
+#: A round is the deliveries made while nobody owns the stream. In hand-off times (500 ms by default, not stretched: a
+#: promise does not grow with the load) from its first: how long any of its deliveries may be begun, by when who is
+#: frozen is found out too (1.5 s of silence) ...
 BEGUN_WITHIN: Final = 3.0
 #: ... when it is over, below the 2 s in which a client is told that everybody is frozen ...
 ROUND: Final = 3.75
@@ -126,8 +127,8 @@ class Stream:
 
     __slots__ = (
         "_call", "_deadline", "_doubt", "_expected", "_fenced", "_first_due", "_guardian", "_handoff", "_handoff_due",
-        "_idle_from", "_limits", "_lost", "_nobody", "_round_at", "_told", "_unfenced_owner", "_until", "delivery",
-        "due", "holder", "newest", "received", "sent_at", "state", "taken", "tried",
+        "_idle_from", "_limits", "_lost", "_nobody", "_round_at", "_told", "_unfenced_owner", "_until", "_usual",
+        "delivery", "due", "holder", "newest", "received", "sent_at", "state", "taken", "tried",
     )  # fmt: skip
 
     def __init__(self, limits: Limits, now: float) -> None:
@@ -147,6 +148,7 @@ class Stream:
         self._told: dict[int, float] = {}  # delivery -> when its sender was last told to stop
         self._lost = ""  # the last holder found dead: named in every delivery from then on, since one may be lost
         self._handoff = 0.0
+        self._usual = 0.0
         self._round_at = now  # when the first delivery was made since nobody owns the stream
         self._until = now  # until when any delivery may be begun
         self._doubt = False  # whether one before the newest may be: nobody said that it was lost
@@ -160,9 +162,10 @@ class Stream:
 
     # ---- from the ingress ------------------------------------------------------------------------------------------
 
-    def begin(self, now: float, handoff: float) -> Events:
-        """The first delivery. `handoff`: seconds until it is made again."""
-        self._handoff = handoff
+    def begin(self, now: float, handoff: float, usual: float = 0.0) -> Events:
+        """The first delivery. `handoff`: seconds until it is made again, stretched from the `usual` ones under load, to
+        BEGUN_WITHIN times that at most (0: not stretched)."""
+        self._handoff, self._usual = handoff, usual or handoff
         return self._deliver(now)
 
     def sent(self, guardian: str) -> None:
@@ -339,8 +342,9 @@ class Stream:
             self.tried += (self._guardian,)
             self._guardian = ""
         self.sent_at = now
-        self._handoff_due = min(now, self._round_at + (ROUND - 1) * self._handoff) + self._handoff
-        until = max(self._round_at + BEGUN_WITHIN * self._handoff, self._handoff_due - HEARD * self._handoff)
+        usual = self._usual
+        self._handoff_due = min(now + self._handoff, self._round_at + ROUND * usual)
+        until = max(self._round_at + BEGUN_WITHIN * usual, self._handoff_due - HEARD * usual)
         self._until = max(self._until, until)
         self._schedule()
         return (Deliver(self.newest, self._lost, until - now),)
@@ -362,7 +366,7 @@ class Stream:
         self._doubt = self._doubt or not proven
         if self._nobody is not None:
             return _NOTHING
-        if self.newest >= self._limits.max_deliveries or now >= self._round_at + ROUND * self._handoff:
+        if self.newest >= self._limits.max_deliveries or now >= self._round_at + ROUND * self._usual:
             return self._give_up(errors.WorkerLost().body() if self._lost else errors.NoWorker().body(), now)
         return self._deliver(now)
 
@@ -370,7 +374,7 @@ class Stream:
         """Nobody is left to deliver to: said at once, or as soon as no earlier delivery can be begun any more."""
         if not self._doubt or now >= self._until:
             return self._fail(error)
-        self._nobody, self._guardian, self._handoff_due = error, "", self._until + HEARD * self._handoff
+        self._nobody, self._guardian, self._handoff_due = error, "", self._until + HEARD * self._usual
         self._schedule()
         return _NOTHING
 

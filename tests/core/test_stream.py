@@ -357,3 +357,20 @@ def test_a_delivery_whose_text_was_dropped_can_own_nothing() -> None:
     assert machine.died("p1", 1.0) == (Stop("p1", 1, "presumed dead"), Deliver(3, "p1", 3 * HANDOFF))
     assert feed(machine, Delta(7, 2, 2, b"more"), now=1.0) == [Stop("p2", 2, "not the owner")]
     assert machine.received == 0
+
+
+@pytest.mark.parametrize("stretched", [HANDOFF, 2 * HANDOFF, 3 * HANDOFF])
+def test_a_stretched_handoff_does_not_stretch_what_is_promised(stretched: float) -> None:
+    """DESIGN 5: every worker frozen is told within 2 s, whatever the load had been, and nothing is begun after that."""
+    machine = Stream(Limits(streamed=True, first_token=10.0, idle=10.0, total=60.0, max_bytes=1000), 0.0)
+    events, now, begun_by = machine.begin(0.0, stretched, HANDOFF), 0.0, 0.0
+    while machine.state != DONE:
+        for event in events:
+            assert isinstance(event, Deliver)
+            machine.sent(f"g{event.delivery}")
+            begun_by = max(begun_by, now + event.within)
+        now = machine.due
+        events = machine.tick(now)
+    assert code(events) == "no_worker"
+    assert begun_by <= now < 2.0
+    assert machine.newest == {HANDOFF: 4, 2 * HANDOFF: 2, 3 * HANDOFF: 2}[stretched]
