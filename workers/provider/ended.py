@@ -83,6 +83,10 @@ class Ended(Struct, frozen=True, kw_only=True):
     size: int = 0
 
 
+#: Of a call that was not made, since its request's time was up.
+TOO_LATE: Final = Ended(error=errors.DeadlineExceeded().body())
+
+
 def refused(failure: Failure, *, cancelled: bool) -> Ended:
     """Answered with a status other than 200: nothing was generated."""
     return Ended(

@@ -17,7 +17,7 @@ from shared.wire import headers as names
 from shared.wire.errors import HotpathError
 from shared.wire.messages import Call, ErrorBody, Hop, Step, Summary
 from workers.provider import settlement
-from workers.provider.ended import Ended, Limits
+from workers.provider.ended import TOO_LATE, Ended, Limits
 from workers.provider.exchange import Exchange
 from workers.provider.gate import ORDINARY
 from workers.provider.mux import Channel
@@ -233,6 +233,8 @@ class Walk:
 
     async def _call_upstream(self, target: "Target", translator: Translator) -> Ended:
         provider, ask = self._provider, self._message.ask
+        if provider.loop.time() >= self._deadline:  # we may have been frozen since the dispatch
+            return TOO_LATE
         request = translator.request(ask, target.step, self._message.admission.output_cap, target.cap_field)
         limits = Limits.of(
             provider.settings, provider.loop.time(), self._deadline, stream=ask.stream,
@@ -296,17 +298,12 @@ class Walk:
 
     async def _following(self, ended: Ended) -> "Target | None":
         """The target of a further call, opened in the ledger; None: there is none."""
-        message = self._message
-        if not ended.retryable or self.call >= message.plan.max_calls:
+        if not ended.retryable or self.call >= self._message.plan.max_calls:
             return None
         target = self._next_target()
         if target is None or not await self._back_off(target.step):
             return None
-        if not message.admission.reserved:
-            self.call += 1
-        elif not await self._top_up():
-            return None
-        return target
+        return target if await self._top_up() else None
 
     def _next_target(self) -> "Target | None":
         """The next step of the Plan that this process's catalogue knows."""
@@ -336,6 +333,9 @@ class Walk:
     async def _top_up(self) -> bool:
         """Open call n+1 with its own amount; denied: stop."""
         message, ask = self._message, self._message.ask
+        if not message.admission.reserved:
+            self.call += 1
+            return True
         reach("provider.before_topup")
         for _ in range(2):
             try:

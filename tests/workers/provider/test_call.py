@@ -11,7 +11,7 @@ import pytest
 from msgspec.structs import replace
 
 from shared.core.stream import WINDOW
-from shared.state.base import StateUnavailable
+from shared.state.base import Dispatched, StateUnavailable
 from shared.wire import headers
 from shared.wire.errors import LedgerDown
 from shared.wire.messages import VERSION, Accepted, Admission, Call, Delta, Plan, Price, Refused, Step
@@ -621,6 +621,27 @@ async def test_a_passed_deadline_is_refused_by_the_dispatch(valkey_url: str) -> 
         request = await rig.send(deadline=rig.ctx.state.clock.now() + 30, wait_s=0.06)
         assert (await rig.answer(request)).failed.error.code == "deadline_exceeded"
         assert await rig.bill(request.rid) == []
+
+
+async def test_nothing_is_called_when_the_time_was_up_before_the_dispatch_was_heard(
+    valkey_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A provider that was frozen between its dispatch and its call (DESIGN 3: stale work never runs)."""
+    async with running(valkey_url) as rig:
+        await rig.answer(await rig.send())  # so that a connection waits in the pool: no dial would stop it
+        dispatch = rig.provider.ledger.dispatch
+
+        async def slow(**given: Any) -> Dispatched:
+            answer = await dispatch(**given)
+            await asyncio.sleep(0.15)
+            return answer
+
+        monkeypatch.setattr(rig.provider.ledger, "dispatch", slow)
+        request = await rig.send(deadline=rig.ctx.state.clock.now() + 100)
+        assert (await rig.answer(request)).failed.error.code == "deadline_exceeded"
+        assert await rig.bill(request.rid) == []
+        (entry,) = await rig.settled(request.rid)
+        assert (entry.state, entry.cost) == ("settled", 0)
 
 
 @pytest.mark.parametrize(
