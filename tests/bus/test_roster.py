@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.bus.roster import ALIVE_S, MAX_INSTANCES, OVERDUE_S, Roster
+from shared.bus.roster import ALIVE_S, FORGET_GAP_S, MAX_INSTANCES, OVERDUE_S, Roster
 from shared.wire.messages import Beat
 
 
@@ -197,6 +197,26 @@ def test_bounded_the_silent_leave_first() -> None:
     roster.on_beat(beat("new"), 2.0)
     assert len(roster) == 1
     assert roster.pick(2.0) == "new"
+
+
+def test_a_flood_of_instances_walks_the_members_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    """I10: who may send beats of a role must not stop those that read them."""
+    walks: list[float] = []
+    forget = Roster._forget
+
+    def counted(self: Roster, now: float) -> None:
+        walks.append(now)
+        forget(self, now)
+
+    monkeypatch.setattr(Roster, "_forget", counted)
+    roster = Roster("guardian")
+    for number in range(2 * MAX_INSTANCES):
+        roster.on_beat(beat(f"i{number}"), number / (2 * MAX_INSTANCES))  # all within a second
+    assert 1 <= len(walks) <= 10
+    roster.on_beat(beat("new"), 2.0)
+    assert roster.heard("new") == 2.0
+    roster.on_beat(beat("another"), 2.0 + FORGET_GAP_S)
+    assert roster.heard("another") is not None
 
 
 EVENTS = st.lists(
