@@ -100,6 +100,8 @@ class Control:
             self._clients.add(task)
             task.add_done_callback(self._clients.discard)
             await asyncio.wait({task})
+        else:
+            writer.write(json.dumps({"error": f"{MAX_CLIENTS} others are being served; try again"}).encode() + b"\n")
         writer.close()
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -139,7 +141,8 @@ def restart(data: Path, role: str, say: Callable[[str], None]) -> Any:
                 sock.connect(path)
         except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError) as exc:
             raise Refused(nobody) from exc
-        sock.sendall(json.dumps({"restart": role}).encode() + b"\n")
+        with contextlib.suppress(BrokenPipeError):  # sent away, and told why
+            sock.sendall(json.dumps({"restart": role}).encode() + b"\n")
         with sock.makefile("rb") as lines:
             while line := lines.readline(MAX_ANSWER):
                 answer = json.loads(line)
