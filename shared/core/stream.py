@@ -274,9 +274,15 @@ class Stream:
                 self._finish()
                 return (Finish(frame.summary, frame.hops),)
             case Failed():
-                return self._fail(frame.error, frame.head, frame.hops)
+                return self._failed(frame, now)
             case _:  # neither a Delta nor an Unknown comes here
                 return _NOTHING
+
+    def _failed(self, frame: Failed, now: float) -> Events:
+        """The bad terminal, unless the owner only gave us up: nothing was heard of us for 5 s."""
+        if self.delivery and frame.error.code == errors.WorkerLost.code:
+            return self.died(self.holder, now, proven=True)
+        return self._fail(frame.error, frame.head, frame.hops)
 
     def _standing(self, delivery: int) -> int:
         if delivery == self.delivery:

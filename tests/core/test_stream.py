@@ -374,3 +374,19 @@ def test_a_stretched_handoff_does_not_stretch_what_is_promised(stretched: float)
     assert code(events) == "no_worker"
     assert begun_by <= now < 2.0
     assert machine.newest == {HANDOFF: 4, 2 * HANDOFF: 2, 3 * HANDOFF: 2}[stretched]
+
+
+def test_an_owner_that_gave_us_up_is_as_good_as_dead() -> None:
+    """An ingress that stood still for over 5 s is told so, instead of waiting 31 s for what does not come (I4)."""
+    gone = Failed(7, 1, 1, errors.WorkerLost().body())
+    machine = stream()
+    feed(machine, accepted())
+    stop, again = feed(machine, gone)
+    assert isinstance(stop, Stop)
+    assert isinstance(again, Deliver)
+    assert (again.delivery, again.lost) == (2, "p1")
+    machine = stream()
+    feed(machine, accepted(), Delta(7, 1, 1, b"a"))
+    assert code(feed(machine, Failed(7, 1, 2, errors.WorkerLost().body()))) == "upstream_worker_lost"
+    machine = stream()  # a delivery that found the worker lost and no call left to make: that is the answer
+    assert code(feed(machine, Failed(7, 1, 0, errors.WorkerLost().body()))) == "upstream_worker_lost"

@@ -66,7 +66,7 @@ class Control:
         silent = now - pair.heard > UNHEARD_S
         for channel in list(pair.channels.values() if silent else pair.waiting.values()):
             if silent:
-                channel.close()
+                channel.give_up(errors.WorkerLost().body())  # an asker that was frozen reads it when it thaws
                 channel.on_cancel("unheard")
             elif now - channel.stalled_since > self._stalled_s:
                 channel.give_up(errors.NotRead().body())

@@ -723,6 +723,8 @@ async def test_an_asker_that_falls_silent_is_given_up(valkey_url: str, monkeypat
         [entry] = await rig.settled(request.rid)
         [line] = await rig.bill(request.rid)
         assert (entry.cost, entry.estimated) == (line["cost_nano_usd"], True)
+        assert (await rig.answer(request)).failed.error.code == "upstream_worker_lost"  # it may have been frozen
+        assert rig.provider.mux.open_channels == 0
 
 
 async def test_a_client_that_takes_nothing_is_given_up(valkey_url: str) -> None:
