@@ -23,6 +23,7 @@ from shared.bus import checks
 from shared.bus.address import Server, parse_url
 from shared.bus.base import BusUnavailable, Handler, NotAllowed
 from shared.bus.protocol import Parser, ProtocolError
+from shared.core.pace import Pace
 
 PING_S: Final = 2.0  # DESIGN 3: ping 2 s x 2
 PINGS: Final = 2
@@ -35,10 +36,6 @@ RECONNECT_LAST_S: Final = 0.5
 #: slows streams down before it fails them.
 WRITE_BYTES: Final = 64 * 1024 * 1024
 MAX_FLUSHES: Final = 1024
-#: Nothing written for so long: what comes now will hardly have company in this turn of the loop, so it is written at
-#: once. Waiting for the turn's end costs a turn (an epoll, 4 us of CPU and latency); under load one write for all saves
-#: a system call of 5 us a message.
-QUIET_S: Final = 0.0002
 
 _log: Final = logging.getLogger("hotpath.bus")
 
@@ -79,7 +76,7 @@ class NatsBus(asyncio.Protocol):
         self._parser = Parser(self._deliver, self._operation)
         self._connected = False
         self._unsent: list[bytes] = []  # of this turn of the loop
-        self._wrote_at = 0.0  # monotonic
+        self._pace = Pace()
         self._full = False  # the socket has WRITE_BYTES to send and takes no more
         self._closing = False
         self._login: dict[str, str] = {}
@@ -123,7 +120,7 @@ class NatsBus(asyncio.Protocol):
         return self._max_payload
 
     def publish(self, subject: str, payload: bytes, reply: str = "") -> None:
-        """Send one message: at once, or with all others of this turn of the loop in one write (see QUIET_S).
+        """Send one message: at once, or with all others of this turn of the loop in one write (core/pace.py).
 
         Raises BusUnavailable, PayloadTooLarge, BadSubject.
         """
@@ -139,9 +136,7 @@ class NatsBus(asyncio.Protocol):
         if not self._connected or self._full:
             raise BusUnavailable("NATS does not take what was sent" if self._full else "NATS is disconnected")
         if not self._unsent:
-            now = time.monotonic()
-            if now - self._wrote_at > QUIET_S and self._transport is not None:
-                self._wrote_at = now
+            if self._pace.at_once(time.monotonic()) and self._transport is not None:
                 self._transport.write(b"".join((line, payload, b"\r\n")))
                 return
             self._loop.call_soon(self._send)
@@ -435,6 +430,6 @@ class NatsBus(asyncio.Protocol):
 
     def _send(self) -> None:
         if self._unsent and self._transport is not None:
-            self._wrote_at = time.monotonic()
+            self._pace.flushed(len(self._unsent) // 3)
             self._transport.write(b"".join(self._unsent))
         self._unsent.clear()

@@ -1,9 +1,10 @@
 """One pipelined connection on the hiredis parser: what the two or three calls per request run on.
 
-Commands are written once per turn of the loop (at once when it is quiet); replies come in order and meet a FIFO of
-futures. There are no retries: a timed-out command may still be applied (redis-py's default of ten retries turns 0.3 s
-into 7 s: DESIGN 4). A timeout does not tear the connection down: the reply, when it comes, is dropped in its place.
-After three timeouts in a row the gate closes and calls fail at once, until a PING is answered in time.
+Commands are written once per turn of the loop (core/pace.py: at once when they come alone); replies come in order and
+meet a FIFO of futures. There are no retries: a timed-out command may still be applied (redis-py's default of ten
+retries turns 0.3 s into 7 s: DESIGN 4). A timeout does not tear the connection down: the reply, when it comes, is
+dropped in its place. After three timeouts in a row the gate closes and calls fail at once, until a PING is answered in
+time.
 """
 
 import asyncio
@@ -16,6 +17,7 @@ from typing import Any, Final, cast
 from hiredis import HiredisError, Reader, ReplyError
 from msgspec import Struct
 
+from shared.core.pace import Pace
 from shared.state.address import Address
 from shared.state.base import NotApplied, StateUnavailable
 from shared.state.resp import pack
@@ -32,9 +34,6 @@ STALL: Final = 0.02
 #: A connection that has said nothing for so long under probes is given up: its peer may be gone without a FIN, and what
 #: a partition swallowed TCP sends again only after waits that double. Below the 2 s in which all must be well again.
 SILENCE: Final = 1.5
-#: Nothing written for so long: a command is written at once instead of at the end of the loop's turn, where it would
-#: hardly have company (shared/bus/nats.py has the same, with the figures).
-QUIET: Final = 0.0002
 CONNECT_TIMEOUT: Final = 1.0
 #: Waits between connects: doubled from the first to the last, each shortened by up to half by chance.
 RECONNECT_FIRST: Final = 0.02
@@ -66,7 +65,7 @@ class Pipeline(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._ready = False  # greeted
         self._out: list[bytes] = []
-        self._wrote_at = 0.0  # time.monotonic: the loop's own clock steps by a millisecond
+        self._pace = Pace()
         self._waiting: deque[_Waiting] = deque()
         self._lost = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
@@ -196,8 +195,7 @@ class Pipeline(asyncio.Protocol):
     def _write(self, command: bytes, reply: "asyncio.Future[Any] | None", give_up: float) -> None:
         if self._out:
             self._out.append(command)
-        elif (now := time.monotonic()) - self._wrote_at > QUIET and self._transport is not None:
-            self._wrote_at = now
+        elif self._pace.at_once(time.monotonic()) and self._transport is not None:
             self._transport.write(command)
         else:
             self._out.append(command)
@@ -208,7 +206,7 @@ class Pipeline(asyncio.Protocol):
 
     def _flush(self) -> None:
         if self._transport is not None and self._out:
-            self._wrote_at = time.monotonic()
+            self._pace.flushed(len(self._out))
             self._transport.write(b"".join(self._out))
         self._out.clear()
 
