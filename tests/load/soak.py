@@ -9,8 +9,8 @@ half, is within the allowance of its kind:
     RSS            32 bytes a request of that half, at least 3 MiB: the smallest object Python can leak has 48
     descriptors,   4: beats, polls, the scrape itself (without the upstream connections, which are the next line)
       tasks, ...
-    upstream       64, the requests in flight: a burst's connections are kept idle for 15 s, some rests find more
-      connections
+    upstream       64, the requests in flight: a burst's connections are kept idle for 15 s, some rests find more;
+      connections  at the end all of them must be given back, within EMPTY_S
     Redis          entries and leases for each request of the last 20 s (not those shed with 503): 0.25;
                    used_memory a quarter of its median and 2 MiB; keys 0
     NATS           connections and subscriptions 0, memory as RSS
@@ -51,6 +51,7 @@ SETTINGS: Final = {
 MIB: Final = 1024 * 1024
 BATCHES: Final = 20
 UPSTREAM: Final = "provider upstream connections"
+EMPTY_S: Final = 30.0  # idle upstream connections are kept for 15 s and looked at every 5
 REST_S: Final = 1.5  # a sent message is kept for 1 s, in case it comes back
 _HELD: Final = re.compile(r'^hotpath_held\{what="([^"]+)"\} ([0-9.e+]+)$', re.MULTILINE)
 
@@ -156,6 +157,15 @@ class Soak:
             rss = " ".join(f"{role} {sample[f'{role} RSS MiB']:.0f}" for role in ROLES)
             self._say(f"{self.ended.total():7} of {requests} in {self.times[-1]:.0f} s; MiB: {rss}")
 
+    async def emptied(self) -> float:
+        """Upstream connections that are left once nobody asks any more: 0, or what was never given back."""
+        end = time.monotonic() + EMPTY_S
+        while True:
+            left = (await asyncio.to_thread(look, self._up, self._monitor)).get(UPSTREAM, -1.0)
+            if left == 0 or time.monotonic() > end:
+                return left
+            await asyncio.sleep(0.5)
+
     def _by_rate(self, sample: Sample) -> Sample:
         """Entries and leases for each request of the time that they are remembered."""
         since = self.times[-1] - TOMBSTONE_S
@@ -206,4 +216,6 @@ def main(argv: list[str], console: Console) -> int:
     with tempfile.TemporaryDirectory() as folder, running(Path(folder)) as (up, monitor):
         soak = Soak(up, monitor, console.print)
         uvloop.run(soak.run(chosen.requests, chosen.concurrency))
-        return 0 if show(soak, console) else 1
+        left = uvloop.run(soak.emptied())
+        console.print(f"upstream connections left when nobody asks any more: {left:.0f}")
+        return 0 if show(soak, console) and left == 0 else 1
