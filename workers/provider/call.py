@@ -14,7 +14,7 @@ from shared.core.translators import registry
 from shared.core.translators.base import Dialect
 from shared.service.killat import reach
 from shared.state.base import Clock, Principal, StateUnavailable
-from shared.state.behind import Behind, Settle
+from shared.state.behind import Behind
 from shared.wire import errors, subjects
 from shared.wire.errors import HotpathError
 from shared.wire.messages import UNREADABLE, VERSION, Call, Cancel, Credit, Step, decode_call
@@ -24,6 +24,7 @@ from workers.provider.gate import Gate
 from workers.provider.mux import Channel, Mux
 from workers.provider.origin import Origin
 from workers.provider.outcomes import OutcomeLog
+from workers.provider.posting import Posting
 from workers.provider.upstream import Pool
 from workers.provider.walk import Walk
 
@@ -93,6 +94,7 @@ class Provider:
         self.outcomes = OutcomeLog(ctx.bus, self.loop)
         self._make_targets()
         self._metrics(ctx)
+        self.posting = Posting(self.ledger, self._behind, self.log, self._overruns)
         self.gate = Gate(ctx.state.circuits, ctx.state.clock, self.outcomes, ctx.log, self._probes)
         for encoding in {model.encoding for model in ctx.catalog.models.values()}:
             tokens.warm(encoding)
@@ -311,19 +313,6 @@ class Provider:
     def void_doubt(self, message: Call, call: int = 1) -> None:
         """A dispatch or top-up (for `call`) got no answer, no call was made: settle at 0 what it may have opened."""
         self._behind.void_doubt(message.ask, self.instance, call)
-
-    def late_settle(self, settle: Settle, error: StateUnavailable) -> None:
-        """Redis did not take a settlement: it is unconfirmed until it arrives (or reconcile does it)."""
-        self.log.warning("settlement not confirmed", extra={"requestId": settle.rid, "call": settle.call})
-        self._behind.settle(settle, error)
-
-    def overrun(self, message: Call, call: int, cost: int) -> None:
-        """The provider billed more than was reserved: posted in full, with an alert (DESIGN 4)."""
-        self._overruns.inc()
-        self.log.warning(
-            "overrun",
-            extra={"requestId": message.ask.rid, "call": call, "cost": cost, "reserved": message.admission.amount},
-        )
 
     # ---- numbers -----------------------------------------------------------------------------------------------------
 

@@ -16,14 +16,13 @@ Nothing is given out before something billed has come (`translator.started`): un
 import asyncio
 from collections.abc import Callable, Mapping
 
-from shared.core import sse
 from shared.core.translators.base import Failure, Translator, UpstreamFailure
-from shared.core.translators.failures import MAX_BODY as MAX_ERROR_BODY
 from shared.service.killat import reach, reach_soon
 from shared.wire import errors
 from shared.wire.errors import HotpathError, UpstreamError
 from workers.provider.bounds import MAX_DRAIN_S, MAX_PREFIX, TAIL_S
-from workers.provider.ended import Ended, Limits, content_length, failure_of, late, mode_of, refused, slow, unsent
+from workers.provider.ended import Ended, Limits, failure_of, late, slow, unsent
+from workers.provider.reading import Reading
 from workers.provider.upstream import Connection, Lost, Pool
 
 DIAL, SENT, BODY, DRAIN, OVER = range(5)
@@ -33,10 +32,9 @@ class Exchange:
     """See the module. `out` gets bytes for the client, in order."""
 
     __slots__ = (
-        "_bytes", "_cancelled", "_connection", "_dialling", "_error_status", "_failure", "_future", "_headers",
-        "_last_event", "_limits", "_loop", "_mode", "_out", "_parser", "_parts", "_paused", "_phase", "_pool",
-        "_prefix", "_readable", "_replaced", "_replacing", "_request", "_stream", "_tail_due", "_timer", "_timer_due",
-        "_translator", "_whole", "started_at",
+        "_cancelled", "_connection", "_dialling", "_failure", "_future", "_last_event", "_limits", "_loop", "_out",
+        "_paused", "_phase", "_pool", "_prefix", "_reading", "_replaced", "_replacing", "_request", "_stream",
+        "_tail_due", "_timer", "_timer_due", "_translator", "started_at",
     )  # fmt: skip
 
     def __init__(
@@ -56,17 +54,10 @@ class Exchange:
         self._dialling: asyncio.Task[Connection] | None = None
         self._replaced = False
         self._replacing: asyncio.Task[None] | None = None
-        self._parser = sse.Parser()
-        self._mode = "sse" if stream else "whole"  # mode_of's; error: a status other than 200
-        self._whole = b""
-        self._error_status = 0
-        self._headers: Mapping[str, str] = {}
-        self._parts: list[bytes] = []
-        self._bytes = 0
+        self._reading = Reading(translator, stream=stream)
         self._prefix: list[bytes] = []
         self._failure: Failure | None = None  # why it is being drained
         self._cancelled = False
-        self._readable = True
         self._paused = False
         self._last_event = 0.0
         self._tail_due = 0.0
@@ -191,34 +182,25 @@ class Exchange:
         if self._phase == SENT:
             self._phase = BODY
         self._last_event = self._loop.time()
-        self._headers = headers
-        if status != 200:
-            self._mode = "error"
-            self._error_status = status
-            return
-        self._mode, self._readable, wrong = mode_of(headers, stream=self._stream)
+        wrong = self._reading.head(status, headers)
         if wrong and self._phase == BODY:
             self._drain(failure_of(errors.UpstreamInvalid(wrong)))
 
     def on_body(self, data: bytes) -> None:
         """A read's worth of body."""
-        self._bytes += len(data)
-        too_large = self._bytes > self._limits.max_bytes
-        if self._mode == "sse":
+        reading = self._reading
+        reading.size += len(data)
+        if reading.mode == "sse":
             if self._phase != BODY:
-                self._count(self._parser.feed(data))
+                self._count(reading.parser.feed(data))
                 return
             self._on_events(data)
-            if too_large and self._phase == BODY:
-                self._drain(Failure(errors.ResponseTooLarge().body(), False, False, False))
-        elif self._mode == "error":
-            self._parts.append(data)
-            if self._bytes > MAX_ERROR_BODY:
-                self._refused()
-        elif self._mode != "other" and not too_large:
-            self._parts.append(data)
-        elif self._phase == BODY:
-            self._parts.clear()
+            too_large = reading.size > self._limits.max_bytes
+        else:
+            too_large = reading.keep(data, self._limits.max_bytes)
+        if too_large and reading.mode == "error":
+            self._refused()
+        elif too_large and self._phase == BODY:
             self._drain(Failure(errors.ResponseTooLarge().body(), False, False, False))
 
     def on_end(self) -> None:
@@ -235,7 +217,7 @@ class Exchange:
                 self._replaced = True
                 self._phase = DIAL
                 self._replacing = self._loop.create_task(self._dial())
-        elif lost.malformed and self._mode != "error":
+        elif lost.malformed and self._reading.mode != "error":
             self._failure = self._failure or failure_of(errors.UpstreamInvalid())
             self._finish(self._ended(complete=False))
         elif self._phase == SENT:
@@ -247,7 +229,7 @@ class Exchange:
     # ---- inside: events ----------------------------------------------------------------------------------------------
 
     def _on_events(self, data: bytes) -> None:
-        translator, outs, parser = self._translator, self._prefix, self._parser
+        translator, outs, parser = self._translator, self._prefix, self._reading.parser
         events = parser.feed(data)
         if events:
             self._last_event = self._loop.time()
@@ -264,7 +246,7 @@ class Exchange:
         if outs:
             self._give_out()
         if parser.failed:
-            self._readable = False
+            self._reading.readable = False
             self._drain(failure_of(errors.UpstreamInvalid("The provider sent an event that is too large.")))
         elif translator.done:
             self._complete()
@@ -273,14 +255,8 @@ class Exchange:
             self._arm()
 
     def _count(self, events: list[bytes]) -> None:
-        """Events that nobody gets: what they carry is billed all the same."""
-        for event in events:
-            try:
-                self._translator.feed(event)
-            except (HotpathError, UpstreamFailure):
-                continue
-        if self._parser.failed:
-            self._readable = False
+        """Events of a drain."""
+        self._reading.count(events)
         if self._translator.done:
             self._finish(self._ended(complete=True))
 
@@ -301,17 +277,17 @@ class Exchange:
 
     def _at_end(self, *, complete: bool, cut: bool = False) -> None:
         """No more bytes will come."""
-        if self._mode == "error" and self._phase != OVER:
+        if self._reading.mode == "error" and self._phase != OVER:
             self._refused()
         elif self._phase == DRAIN:
             try:
-                self._read_end(cut=cut)
+                self._reading.end(cut=cut)
             except (HotpathError, UpstreamFailure):
                 pass  # it ends in an error anyway; what was understood is counted
             self._finish(self._ended(complete=complete))
         elif self._phase == BODY:
             try:
-                if out := self._read_end(cut=cut):
+                if out := self._reading.end(cut=cut):
                     self._prefix.append(out)
             except (HotpathError, UpstreamFailure) as exc:
                 self._failure = failure_of(exc)
@@ -319,19 +295,6 @@ class Exchange:
             else:
                 self._give_out()
                 self._complete()
-
-    def _read_end(self, *, cut: bool) -> bytes:
-        """What the end of the bytes brings for the client. Raises HotpathError, UpstreamFailure."""
-        if self._mode == "sse":
-            return self._translator.finish(self._parser.rest(), self._parser.stray())
-        if cut or self._mode == "other":
-            raise errors.UpstreamTruncated
-        body = b"".join(self._parts)
-        self._parts.clear()
-        if self._mode == "json":
-            return self._translator.whole_as_stream(body)
-        self._whole = self._translator.whole(body)
-        return b""
 
     # ---- inside: ends ------------------------------------------------------------------------------------------------
 
@@ -357,32 +320,14 @@ class Exchange:
             self._finish(self._ended(complete=False))
 
     def _complete(self) -> None:
-        self._finish(Ended(outcome=True, billed=True, complete=True, body=self._whole))
+        self._finish(self._reading.good())
 
     def _refused(self) -> None:
-        """A status other than 200: the body, as far as it came, says why."""
-        failure = self._translator.failure(self._error_status, self._headers, b"".join(self._parts))
-        self._finish(refused(failure, cancelled=self._cancelled))
+        self._finish(self._reading.refusal(cancelled=self._cancelled))
 
     def _ended(self, *, complete: bool) -> Ended:
-        failure = self._failure
-        assert failure is not None
-        announced = content_length(self._headers) if self._mode in ("whole", "json") else 0
-        return Ended(
-            error=failure.error,
-            cancelled=self._cancelled,
-            retryable=failure.retryable and not self._translator.started,
-            same_endpoint=failure.same_endpoint,
-            outcome=False if failure.endpoint_fault else None,
-            billed=True,
-            complete=complete,
-            readable=self._readable and (self._mode in ("sse", "other") or self._counts_whole(complete=complete)),
-            size=announced if self._bytes < announced else 0,
-        )
-
-    def _counts_whole(self, *, complete: bool) -> bool:
-        """Of a whole answer either nothing was written, or all of it was understood: else its tokens are unknown."""
-        return self._translator.finished or (complete and not self._bytes)
+        assert self._failure is not None
+        return self._reading.broken(self._failure, cancelled=self._cancelled, complete=complete)
 
     def _finish(self, ended: Ended) -> None:
         """The one end."""
@@ -391,7 +336,7 @@ class Exchange:
         self._phase = OVER
         connection, self._connection = self._connection, None
         if connection is not None:
-            if ended.error is None or self._mode == "error":
+            if ended.error is None or self._reading.mode == "error":
                 connection.release()
             else:
                 connection.abort()

@@ -9,43 +9,39 @@ from typing import TYPE_CHECKING, Final
 
 from shared.core import tokens
 from shared.core.translators.base import Translator
-from shared.service.killat import reach, reach_soon
-from shared.state.base import Dispatched, StateUnavailable
-from shared.state.behind import Settle
+from shared.service.killat import reach_soon
 from shared.wire import errors
 from shared.wire import headers as names
 from shared.wire.errors import HotpathError
 from shared.wire.messages import Call, ErrorBody, Hop, Step, Summary
 from workers.provider import settlement
+from workers.provider.account import Account
 from workers.provider.ended import TOO_LATE, Ended, Limits
 from workers.provider.exchange import Exchange
 from workers.provider.gate import ORDINARY
 from workers.provider.mux import Channel
-from workers.provider.notwon import not_won
 from workers.provider.order import Tried, remaining
 from workers.provider.settlement import Charge
 
 if TYPE_CHECKING:
     from workers.provider.call import Provider, Target
 
-#: A dispatch or top-up that Redis runs later than this after it was asked is refused (DESIGN 3, stale work).
-NOT_AFTER_MS: Final = 100
 #: Prompts and texts over this many bytes are counted in a thread: 32 KiB take half a millisecond.
 COUNT_INLINE: Final = 32_768
-_IN_DOUBT: Final = "The budget ledger did not answer in time; the request was not started."
 
 
 class Walk:
     """The state of one request in this process."""
 
     __slots__ = (
-        "_at", "_began", "_chain_until", "_channel", "_deadline", "_error", "_exchange", "_head_sent", "_left_at",
-        "_message", "_probe", "_provider", "_step", "_tried", "_wake", "call", "cancelled",
+        "_account", "_at", "_began", "_chain_until", "_channel", "_deadline", "_error", "_exchange", "_head_sent",
+        "_left_at", "_message", "_probe", "_provider", "_step", "_tried", "_wake", "cancelled",
     )  # fmt: skip
 
     def __init__(self, provider: "Provider", message: Call) -> None:
         self._provider = provider
         self._message = message
+        self._account = Account(provider, message)
         self._at = provider.clock.now()
         # moved on by what the upstream took: what is left is our own work (uvloop's own clock steps by a millisecond)
         self._began = time.perf_counter()
@@ -60,7 +56,6 @@ class Walk:
         self._head_sent = False
         self._tried: list[Tried] = []
         self._wake: asyncio.Future[None] | None = None
-        self.call = 0
         self.cancelled = False
 
     # ---- control -----------------------------------------------------------------------------------------------------
@@ -128,49 +123,16 @@ class Walk:
             self._fail(errors.NoWorker().body())
             provider.void(self._message)
             return
-        if not await self._dispatch():
+        if (lost := await self._account.dispatch()) is not None:
+            if lost.error is None:
+                channel.refused(lost.holder, lost.delivery)
+            else:
+                self._fail(lost.error)
             return
-        channel.accepted(provider.instance, self.call if self._message.admission.reserved else 0)
+        channel.accepted(provider.instance, self._account.call if self._message.admission.reserved else 0)
         reach_soon("provider.after_accepted")
         while target is not None:
             target = await self._one_call(target)
-
-    async def _dispatch(self) -> bool:
-        """Win the first call. False: the answer was given."""
-        message, ask = self._message, self._message.ask
-        if not message.admission.reserved:
-            self.call = 1
-            return True
-        reach("provider.before_dispatch")
-        answer: Dispatched | None = None
-        doubt = False  # no answer came: it may have been applied all the same
-        for _ in range(2):  # without a reply, or run too late by Redis, it is asked again once
-            try:
-                answer = await self._provider.ledger.dispatch(
-                    tenant=ask.tenant, rid=ask.rid, delivery=ask.delivery, instance=self._provider.instance,
-                    lost=ask.lost, amount=message.admission.amount, max_calls=message.plan.max_calls,
-                    not_after=self._provider.clock.now() + NOT_AFTER_MS,
-                )  # fmt: skip
-            except StateUnavailable:
-                doubt = True
-                continue
-            if answer.status != "stale":
-                break
-        if answer is not None and answer.status == "won":
-            reach("provider.after_dispatch")
-            self.call = answer.call
-            return True
-        assert self._channel is not None
-        if answer is None or (doubt and answer.status in ("stale", "late")):
-            self._fail(errors.LedgerDown(_IN_DOUBT).body())
-            self._provider.void_doubt(message, 1)
-        elif answer.status in ("refused", "closed") and answer.holder:
-            self._channel.refused(answer.holder, answer.delivery)
-        else:
-            self._fail(not_won(answer.status, ask.lost).body())
-            if answer.status in ("stale", "late"):
-                self._provider.void(message)
-        return False
 
     async def _one_call(self, target: "Target") -> "Target | None":
         """Call one endpoint to its end; the next one to call, None when the request is over."""
@@ -184,14 +146,14 @@ class Walk:
         translator = target.dialect.translator(message.ask, target.secrets)
         if self.cancelled:
             self._tell(None)
-            await self._settle(settlement.FREE)
+            await self._account.settle(settlement.FREE)
             return None
         ended = await self._call_upstream(target, translator)
         now = provider.loop.time()
         self._began += time.perf_counter() - self._left_at
         self._tell(ended.outcome)
         paid = await self._charge(target, translator, ended)
-        settled = await self._settle(paid)
+        settled = await self._account.settle(paid)
         if ended.error is None:
             self._finish(target, translator, ended, paid, settled)
             return None
@@ -218,8 +180,8 @@ class Walk:
             target = self._next_target()
             if target is not None and not await self._back_off(target.step):
                 target = None
-        await self._settle(settlement.FREE)
-        self.call -= 1  # for X-BR-Calls: it was not made
+        await self._account.settle(settlement.FREE)
+        self._account.call -= 1  # for X-BR-Calls: it was not made
         if not self.cancelled:
             self._fail(self._error or gate.refusal(self._message.plan.steps).body())
         return None
@@ -240,7 +202,7 @@ class Walk:
             provider.settings, provider.loop.time(), self._deadline, stream=ask.stream,
             chain_until=self._chain_until if self._tried else None,
         )  # fmt: skip
-        label = ((names.REQUEST_ID, f"{ask.rid}.{self.call}"), *request.headers)
+        label = ((names.REQUEST_ID, f"{ask.rid}.{self._account.call}"), *request.headers)
         exchange = Exchange(provider.loop, target.pool, translator, limits, stream=ask.stream, out=self._write)
         self._exchange = exchange
         self._left_at = time.perf_counter()
@@ -261,7 +223,7 @@ class Walk:
             self._head_sent = True
             if self._probe:
                 self._tell(ok=True)
-            channel.write(data, settlement.head(self._message.admission, self._step, self.call))
+            channel.write(data, settlement.head(self._message.admission, self._step, self._account.call))
 
     # ---- money -------------------------------------------------------------------------------------------------------
 
@@ -278,32 +240,16 @@ class Walk:
                 return await asyncio.to_thread(settlement.charge, *args)
         return settlement.charge(*args)
 
-    async def _settle(self, paid: Charge) -> bool:
-        """Post it; False when Redis did not answer: the call is left unconfirmed until the late settle."""
-        ask, admission = self._message.ask, self._message.admission
-        if admission.reserved and paid.cost > admission.amount:
-            self._provider.overrun(self._message, self.call, paid.cost)
-        reach("provider.before_settle")
-        try:
-            await self._provider.ledger.settle(
-                tenant=ask.tenant, rid=ask.rid, call=self.call, cost=paid.cost, estimated=paid.estimated
-            )
-        except StateUnavailable as error:
-            self._provider.late_settle(Settle(ask.tenant, ask.rid, self.call, paid.cost, paid.estimated), error)
-            return False
-        reach("provider.after_settle")
-        return True
-
     # ---- a further call ----------------------------------------------------------------------------------------------
 
     async def _following(self, ended: Ended) -> "Target | None":
         """The target of a further call, opened in the ledger; None: there is none."""
-        if not ended.retryable or self.call >= self._message.plan.max_calls:
+        if not ended.retryable or self._account.call >= self._message.plan.max_calls:
             return None
         target = self._next_target()
         if target is None or not await self._back_off(target.step):
             return None
-        return target if await self._top_up() else None
+        return target if await self._account.top_up() else None
 
     def _next_target(self) -> "Target | None":
         """The next step of the Plan that this process's catalogue knows."""
@@ -330,46 +276,21 @@ class Walk:
                 self._wake = None
         return not self.cancelled
 
-    async def _top_up(self) -> bool:
-        """Open call n+1 with its own amount; denied: stop."""
-        message, ask = self._message, self._message.ask
-        if not message.admission.reserved:
-            self.call += 1
-            return True
-        reach("provider.before_topup")
-        for _ in range(2):
-            try:
-                answer = await self._provider.ledger.topup(
-                    tenant=ask.tenant, rid=ask.rid, call=self.call + 1, delivery=ask.delivery,
-                    instance=self._provider.instance, amount=message.admission.amount,
-                    max_calls=message.plan.max_calls, not_after=self._provider.clock.now() + NOT_AFTER_MS,
-                )  # fmt: skip
-            except StateUnavailable:
-                continue
-            if answer.status == "stale":  # run too late, so nothing was opened
-                continue
-            if answer.status == "won":
-                reach("provider.after_topup")
-                self.call = answer.call
-            return answer.status == "won"
-        self._provider.void_doubt(message, self.call + 1)
-        return False
-
     # ---- terminals ---------------------------------------------------------------------------------------------------
 
     def _finish(self, target: "Target", translator: Translator, ended: Ended, paid: Charge, settled: bool) -> None:
         message = self._message
         ask, admission, step = message.ask, message.admission, target.step
         assert self._channel is not None
-        x_br = settlement.payload(ask, admission, step, self.call, paid) if ask.stream else b""
+        x_br = settlement.payload(ask, admission, step, self._account.call, paid) if ask.stream else b""
         if ask.stream:
             tail = translator.tail(x_br if ask.done == "inline" else b"")
             if tail:
                 self._write(tail)
         else:
-            self._channel.write(ended.body, settlement.head(admission, step, self.call, paid.cost))
+            self._channel.write(ended.body, settlement.head(admission, step, self._account.call, paid.cost))
         summary = Summary(
-            call=self.call,
+            call=self._account.call,
             endpoint=step.endpoint,
             model=step.model,
             cost=paid.cost,
@@ -386,7 +307,7 @@ class Walk:
 
     def _fail(self, error: ErrorBody) -> None:
         if self._channel is not None:
-            head = None if self._head_sent else settlement.head(self._message.admission, self._step, self.call)
+            head = None if self._head_sent else settlement.head(self._message.admission, self._step, self._account.call)
             self._channel.failed(error, head, self._hops())
 
     def _hops(self) -> tuple[Hop, ...]:
