@@ -8,7 +8,7 @@ from typing import Final
 
 from shared.bus.base import BadSubject, PayloadTooLarge
 from shared.wire.errors import quote
-from shared.wire.subjects import PATTERN, SUBJECT
+from shared.wire.subjects import JETSTREAM, PATTERN, SUBJECT
 
 MAX_SUBJECT: Final = 256  # characters; ours are at most about 150. The server's control line ends at 4096 bytes
 KNOWN: Final = 4096  # validated subjects remembered: one for each instance and role this process talks to
@@ -35,7 +35,7 @@ class Checks:
 
 
 def _match_subject(subject: str) -> None:
-    if len(subject) > MAX_SUBJECT or SUBJECT.match(subject) is None:
+    if len(subject) > MAX_SUBJECT or (SUBJECT.match(subject) is None and JETSTREAM.match(subject) is None):
         raise BadSubject(f"not a subject: {quote(subject)}")
 
 

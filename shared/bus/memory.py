@@ -35,6 +35,8 @@ class Broker:
         self.max_payload = max_payload
         self.dice = dice or random.Random(0)  # noqa: S311 - who of a group is no secret
         self.published: list[str] | None = None  # a list here records every subject published
+        #: What the server itself does with a message: takes it (subject, payload, reply) or not. See memory_jetstream.
+        self.service: Callable[[str, bytes, str], bool] = lambda _subject, _payload, _reply: False
         self._subscriptions: list[MemorySubscription] = []
         self._faults: list[_Fault] = []
 
@@ -76,10 +78,16 @@ class Broker:
         for receiver in receivers:
             for _ in range(copies):
                 receiver.deliver(subject, reply, payload, no_responders=False)
-        if not receivers and reply:
+        if not self.service(subject, payload, reply) and not receivers and reply:
             for subscription in self._subscriptions:
                 if subscription.client is publisher and subscription.matches(reply):
                     subscription.deliver(reply, "", b"", no_responders=True)
+
+    def answer(self, inbox: str, payload: bytes, subject: str = "", reply: str = "") -> None:
+        """What the server itself sends to an inbox, under that or another subject."""
+        for subscription in self._subscriptions:
+            if subscription.client.connected and subscription.matches(inbox):
+                subscription.deliver(subject or inbox, reply, payload, no_responders=False)
 
     def _copies(self, subject: str) -> int:
         copies = 1

@@ -13,6 +13,7 @@ MAX_LINE: Final = 65_536
 MAX_MESSAGE: Final = 64 * 1024 * 1024
 
 _NO_RESPONDERS: Final = b"NATS/1.0 503"
+_STATUS: Final = b"NATS/1.0 "
 _M: Final = ord("M")
 _H: Final = ord("H")
 
@@ -92,6 +93,8 @@ class Parser:
         if not data.startswith(b"\r\n", stop):
             raise ProtocolError("a message of another length than its line says")
         no_responders = headed and head == length and data.startswith(_NO_RESPONDERS, start)
+        if head == length and data.startswith(_STATUS, start) and not no_responders:
+            head = 0  # a status of JetStream (404, 408, 409) is delivered as its text, since it has nothing else
         self._deliver(sid, fields[1], fields[3] if count == 5 else b"", data[start + head : stop], no_responders)
         return stop + 2
 

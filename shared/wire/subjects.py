@@ -17,6 +17,11 @@ ADMIT_GROUP: Final = "guardian"
 OUTCOME: Final = f"{PREFIX}.outcome"
 OUTCOME_GROUP: Final = "routing"
 
+#: The second copy of the money (DESIGN 4): usage records, in a JetStream stream that guardians share one consumer of.
+USAGE: Final = f"{PREFIX}.usage"
+USAGE_STREAM: Final = "hotpath_usage"
+USAGE_CONSUMER: Final = "guardian"
+
 #: Something every process keeps a copy of has changed; the copy is also polled, since a notice may be lost.
 NOTICE_REGISTRY: Final = f"{PREFIX}.notice.registry"
 NOTICE_CIRCUIT: Final = f"{PREFIX}.notice.circuit"
@@ -25,6 +30,8 @@ NOTICE_CIRCUIT: Final = f"{PREFIX}.notice.circuit"
 SUBJECT: Final = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\Z")
 #: What a subscription may look like: the same, and `*` or a last `>` as whole tokens.
 PATTERN: Final = re.compile(r"([A-Za-z0-9_-]+|\*)(\.([A-Za-z0-9_-]+|\*))*(\.>)?\Z")
+#: The two families of JetStream that we publish to: requests to its API, and acknowledgements.
+JETSTREAM: Final = re.compile(r"\$JS\.(API|ACK)(\.[A-Za-z0-9_-]+)+\Z")
 #: One token: a role or an instance id.
 TOKEN: Final = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
 
@@ -65,6 +72,16 @@ def inbox(role: str, instance: str, token: str) -> str:
     to any, the 503 is the server's own.
     """
     return f"{PREFIX}.inbox.{role}.{instance}.{token}"
+
+
+def jetstream(verb: str, stream: str) -> str:
+    """JetStream's API: `verb` is STREAM.CREATE, STREAM.UPDATE, STREAM.INFO."""
+    return f"$JS.API.{verb}.{stream}"
+
+
+def jetstream_consumer(verb: str, stream: str, consumer: str) -> str:
+    """The same for one consumer: CONSUMER.CREATE, CONSUMER.DELETE, CONSUMER.MSG.NEXT."""
+    return f"$JS.API.{verb}.{stream}.{consumer}"
 
 
 def alive(instance: str, asked: str) -> str:

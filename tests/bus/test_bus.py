@@ -91,7 +91,8 @@ async def test_an_empty_answer_is_not_taken_for_no_responders(connect: Connect) 
 
 HOSTILE = [
     "", " ", "gpt 4", "gpt\u20034", "a\r\nPUB admin.reset 0\r\n\r\n", "a\nb", "a\tb", "*", ">", "a.>", "a.*", "a..b",
-    ".a", "a.", "$SYS.REQ.SERVER.PING", "a\x00b", "a/b", "a:b", "\u00e9", "b" * 5000, "a.b\n", "a\u2028",
+    ".a", "a.", "$SYS.REQ.SERVER.PING", "$JS", "$JS.API", "$JS.FC.a", "$JS.API.a b",
+    "$JS.ACK.>", "a\x00b", "a/b", "a:b", "\u00e9", "b" * 5000, "a.b\n", "a\u2028",
 ]  # fmt: skip
 
 

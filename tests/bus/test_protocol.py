@@ -78,10 +78,11 @@ def test_a_payload_of_another_length_than_its_line_says_is_noticed() -> None:
     assert not seen
 
 
-def test_a_503_with_a_payload_is_a_message() -> None:
+def test_a_503_with_a_payload_is_a_message_and_another_status_is_its_text() -> None:
+    """JetStream ends a pull with 404, 408 or 409 and nothing else."""
     parser, seen = collect()
     parser.feed(b"HMSG a 1 16 18\r\nNATS/1.0 503\r\n\r\nhi\r\nHMSG a 1 16 16\r\nNATS/1.0 404\r\n\r\n\r\n")
-    assert seen == [(b"1", b"a", b"", b"hi", False), (b"1", b"a", b"", b"", False)]
+    assert seen == [(b"1", b"a", b"", b"hi", False), (b"1", b"a", b"", b"NATS/1.0 404\r\n\r\n", False)]
 
 
 def test_an_endless_line_is_not_kept() -> None:

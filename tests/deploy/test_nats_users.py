@@ -3,16 +3,21 @@
 DESIGN 3, faults 3 ("NATS permissions"), decision 15. `RIGHTS` says who needs what; everything else must be refused.
 """
 
+import asyncio
 import inspect
 import json
 import socket
 from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple, Self, get_type_hints
 
+import msgspec
 import pytest
 
 from deploy import servers
 from deploy.cli import confs, credentials, fleet
+from shared.bus.jetstream import JetStream, inboxes
+from shared.bus.nats import NatsBus
+from shared.bus.stored import StreamPlan
 from shared.wire import subjects
 
 ROLES: Final = ("ingress", "guardian", "routing", "provider")
@@ -51,6 +56,9 @@ RIGHTS: Final[dict[str, Right | Callable[[str], Right]]] = {
     "control": Right(("ingress", "loadgen"), ROLES),
     "ADMIT": Right(("loadgen",), ("guardian",), subjects.ADMIT_GROUP),
     "OUTCOME": Right(("provider",), ("routing",), subjects.OUTCOME_GROUP),
+    "USAGE": Right(("guardian", "provider")),  # who reads it pulls from JetStream
+    "jetstream": Right(),  # of any other stream, or another verb
+    "jetstream_consumer": Right(),
     "NOTICE_REGISTRY": Right((), ROLES),  # the operator tells
     "NOTICE_CIRCUIT": Right(("routing",), ROLES),
 }
@@ -60,6 +68,18 @@ class Case(NamedTuple):
     name: str
     subject: str
     right: Right
+
+
+#: Of the usage records' stream and its consumer: who may ask JetStream what.
+STREAM: Final = {
+    "STREAM.CREATE": ("guardian", "provider"), "STREAM.INFO": ("guardian", "provider"), "STREAM.UPDATE": ("guardian",),
+    "STREAM.DELETE": (), "STREAM.PURGE": (), "STREAM.MSG.GET": (), "STREAM.MSG.DELETE": (), "STREAM.SNAPSHOT": (),
+    "DIRECT.GET": (),
+}  # fmt: skip
+CONSUMER: Final = {
+    "CONSUMER.CREATE": ("guardian",), "CONSUMER.MSG.NEXT": ("guardian",), "CONSUMER.DELETE": (), "CONSUMER.INFO": (),
+    "CONSUMER.DURABLE.CREATE": (), "CONSUMER.PAUSE": (),
+}  # fmt: skip
 
 
 def cases() -> Iterator[Case]:
@@ -75,7 +95,18 @@ def cases() -> Iterator[Case]:
             yield Case(f"{name}-{role}", made(role, *others), right(role))
 
 
-CASES: Final = tuple(cases())
+def jetstream_cases() -> Iterator[Case]:
+    for verb, who in STREAM.items():
+        yield Case(verb, subjects.jetstream(verb, subjects.USAGE_STREAM), Right(who))
+    for verb, who in CONSUMER.items():
+        name = subjects.jetstream_consumer(verb, subjects.USAGE_STREAM, subjects.USAGE_CONSUMER)
+        yield Case(verb, name, Right(who))
+    ack = f"$JS.ACK.{subjects.USAGE_STREAM}.{subjects.USAGE_CONSUMER}.1.2.3.4.0"
+    yield Case("ack", ack, Right(("guardian",)))
+    yield Case("ack-another", ack.replace(subjects.USAGE_CONSUMER, "another"), Right())
+
+
+CASES: Final = (*cases(), *jetstream_cases())
 #: What no role has to do with, or not at that width.
 WIDER: Final = (
     ">", "*", "hotpath.>", "hotpath.*.>", f"{subjects.PREFIX}.>", f"{subjects.PREFIX}.*", f"{subjects.PREFIX}.*.*",
@@ -86,8 +117,9 @@ WIDER: Final = (
 )  # fmt: skip
 ELSEWHERE: Final = (
     "anything", "hotpath.v2.admit", "_INBOX.abc", "$JS.API.INFO", "$JS.API.STREAM.NAMES", "$JS.ACK.x",
+    "$JS.API.STREAM.CREATE.x",
     "$SYS.REQ.SERVER.PING",
-    f"{subjects.ADMIT}.more", f"{subjects.control('abc')}.more", f"{subjects.OUTCOME}.more", f"{subjects.PREFIX}.usage",
+    f"{subjects.ADMIT}.more", f"{subjects.control('abc')}.more", f"{subjects.OUTCOME}.more", f"{subjects.USAGE}.more",
     f"{subjects.PREFIX}.audit", f"{subjects.PREFIX}.notice.tenant", subjects.beat("operator", "abc"),
     subjects.inbox("ingress", "abc", "1.2"), subjects.worker("operator", "abc"),
 )  # fmt: skip
@@ -239,6 +271,36 @@ def test_503_comes_back_without_a_right_to_publish_it(server: Server) -> None:
         with User(server, name) as wire:
             assert wire.say(f"SUB {reply} 1") == b""
             assert b"NATS/1.0 503" in wire.say(f"PUB {subject} {reply} 0\r\n")
+
+
+async def test_the_usage_stream_from_end_to_end(server: Server) -> None:
+    """Issue 4: a provider makes it and publishes, a guardian reads it, within their lists."""
+    plan = StreamPlan(name=subjects.USAGE_STREAM, subject=subjects.USAGE, max_age_ms=60_000, max_bytes=100_000)
+    buses = {}
+    for name in ("provider", "guardian"):
+        password = server.secrets[credentials.nats_password(name)]
+        buses[name] = await NatsBus.connect(f"nats://{name}:{password}@127.0.0.1:{server.port}", name)
+    provider = JetStream(buses["provider"], plan, inboxes("provider", "abc")[0], update=False)
+    await provider.start()
+    guardian = JetStream(
+        buses["guardian"], msgspec.structs.replace(plan, max_bytes=200_000), inboxes("guardian", "def")[0]
+    )
+    await guardian.start()
+    async with asyncio.timeout(5):
+        while not (provider.there and guardian.there):
+            await asyncio.sleep(0.01)
+    await provider.publish(b"x", 2)
+    inbox = inboxes("guardian", "def")[1]
+    consumer = guardian.consumer(subjects.USAGE_CONSUMER, inbox, ack_wait_s=1, max_pending=10)
+    await consumer.start()
+    (stored,) = await consumer.fetch(1, 5)
+    consumer.ack(stored)
+    await consumer.close()
+    await guardian.close()
+    await provider.close()
+    for bus in buses.values():
+        await bus.close()
+    assert not any(bus.errors for bus in buses.values())
 
 
 def test_who_is_answered_that_somebody_lives() -> None:
