@@ -128,6 +128,16 @@ class Settings(Struct, frozen=True, kw_only=True):
     ledger_lease_grace_ms: Annotated[Millis, Meta(description="A reservation's lease outlives its deadline by.")] = (
         10_000
     )
+    ledger_journal_lines: Annotated[
+        Annotated[int, Meta(ge=100, le=10_000_000)],
+        Meta(
+            description="Lines of a tenant's journal between two snapshots; between one and two times as many are kept."
+        ),
+    ] = 100_000
+    ledger_snapshot_ms: Annotated[
+        Annotated[int, Meta(ge=100, le=_DAY_MS)],
+        Meta(description="A journal that grew gets a snapshot at least this often."),
+    ] = 600_000
     cancel_drain_ms: Annotated[Millis, Meta(description="A cancelled call may still bring its usage for this.")] = 250
 
     @property

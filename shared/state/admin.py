@@ -5,6 +5,7 @@
 
 import re
 import secrets
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from hiredis import ReplyError
@@ -12,8 +13,8 @@ from msgspec import Struct
 
 from shared.state import keys
 from shared.state.base import StateUnavailable
+from shared.state.books import MAX_AMOUNT
 from shared.state.keys import Period
-from shared.state.ledger import MAX_AMOUNT
 from shared.state.pipeline import Pipeline
 from shared.state.registry import DEFAULT_TENANT, KEY_ID_LENGTH, KEY_PREFIX, digest
 from shared.state.scripts import load
@@ -53,11 +54,18 @@ def _announcement(tenant: str) -> tuple[bytes | str, ...]:
     return (b"EVAL", _ANNOUNCE.text, b"2", keys.REGISTRY_VERSION, keys.REGISTRY_CHANGES, tenant)
 
 
+async def announce(pipeline: Pipeline, tenant: str) -> None:
+    """Tell every process that something of the tenant changed. Raises StateUnavailable."""
+    await pipeline.execute(*_announcement(tenant), within=_TIMEOUT)
+
+
 class Admin:
     """The admin calls. All raise StateUnavailable when Redis does not answer; ask again, each is idempotent enough."""
 
-    def __init__(self, pipeline: Pipeline, *, pepper: str) -> None:
+    def __init__(self, pipeline: Pipeline, *, pepper: str, set_limit: Callable[..., Awaitable[None]]) -> None:
+        """`set_limit`: the ledger's, which journals it."""
         self._pipeline = pipeline
+        self._set_limit = set_limit
         self._pepper = pepper.encode()
 
     async def create_key(
@@ -88,8 +96,8 @@ class Admin:
         ]
         if synthetic:
             changes.append((b"HSET", conf, "synthetic", 1))
-        if limit is not None:
-            changes.append((b"HSET", keys.balances(tenant), keys.limit_field(period), limit))
+        if limit is not None:  # first: no key is ever good without it
+            await self._set_limit(tenant=tenant, period=period, limit=limit)
         await self._atomically(*changes, _announcement(tenant))
         return NewKey(key=key, key_id=made, tenant_id=tenant)
 
@@ -134,10 +142,6 @@ class Admin:
             return DEFAULT_TENANT
         tenant = await self._pipeline.execute(b"HGET", keys.REGISTRY_NAMES, name, within=_TIMEOUT)
         return None if tenant is None else tenant.decode()
-
-    async def announce(self, tenant: str) -> None:
-        """Tell every process that something of the tenant changed."""
-        await self._pipeline.execute(*_announcement(tenant), within=_TIMEOUT)
 
     async def _tenant(self, name: str) -> str:
         """The id of a name, made when it is new: of two who make one at once, both get the first's."""

@@ -5,11 +5,14 @@ follows D4. Amounts are nano-USD integers, times are milliseconds of the shared 
 """
 
 from collections.abc import Iterable
-from typing import Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
 from msgspec import Struct
 
 from shared.core.circuit import Circuit, Event, State
+
+#: The output/input ratio of a tenant that has none yet (S2-10: 1.0), in millionths.
+RATIO_ONE: Final = 1_000_000
 
 
 class StateUnavailable(Exception):
@@ -20,17 +23,60 @@ class NotApplied(StateUnavailable):
     """Certainly not applied: nothing was sent, or Redis refused it before its first write."""
 
 
+class Rates(Struct, frozen=True, kw_only=True):
+    """What `reserve` is to count besides the money: buckets of a minute (S1-G07), 0 = no limit.
+
+    `tokens` is what the request takes of the token buckets until its settlement puts the difference right; the
+    velocity of the key in this minute and hour (S2-13) is counted whenever rates are given.
+    """
+
+    tokens: int = 0
+    tenant_requests: int = 0  # a minute
+    tenant_tokens: int = 0
+    key_requests: int = 0
+    key_tokens: int = 0
+
+
+class Bucket(Struct, frozen=True, array_like=True):
+    """A token bucket after the request: its size, what is in it, ms until it is full."""
+
+    limit: int
+    left: int
+    full_ms: int
+
+
+class Counted(Struct, frozen=True, kw_only=True):
+    """What `reserve` counted: the tighter bucket of each kind, None without a limit; requests of the key."""
+
+    requests: Bucket | None = None
+    tokens: Bucket | None = None
+    minute: int = 0
+    hour: int = 0
+
+
 class Reserved(Struct, frozen=True, kw_only=True):
     """Answer of `reserve`.
 
-    ok: reserved (or was already, for an earlier delivery); `amount` is what is held. denied: would pass a limit, `left`
-    is what is left. late: past its deadline. stale: ran after its not-after. refused: an equal or later delivery was
-    voided. closed: the request is over.
+    ok: reserved (or was already, for an earlier delivery); `amount` is what is held, which is less than was asked for
+    when that did not fit and `least` did. denied: would pass a limit, `left` is what is left of it; `level` and
+    `period` name it. limited: a rate limit (`level`: "t" or "k:...", `period`: requests or tokens), `wait_ms` until it
+    fits; -1: it never will. late: past its deadline. stale: ran after its not-after. refused: an equal or later
+    delivery was voided. closed: the request is over.
+
+    `day` is charged (days since 1970-01-01), `ratio` is the tenant's output/input ratio x 1,000,000 (S2-10), `user`
+    says that the user has a limit, and its level moved.
     """
 
-    status: Literal["ok", "denied", "late", "stale", "refused", "closed"]
+    status: Literal["ok", "denied", "limited", "late", "stale", "refused", "closed"]
     amount: int = 0
     left: int = 0
+    level: str = ""
+    period: str = ""
+    wait_ms: int = 0
+    day: int = 0
+    ratio: int = RATIO_ONE
+    user: bool = False
+    counted: Counted | None = None
 
 
 class Dispatched(Struct, frozen=True, kw_only=True):
@@ -47,8 +93,34 @@ class Dispatched(Struct, frozen=True, kw_only=True):
     left: int = 0
 
 
+class Extended(Struct, frozen=True, kw_only=True):
+    """Answer of `extend`.
+
+    ok: `amount` is held now. denied: it does not fit, `left` is left. closed: the call is not open, or not this
+    holder's. stale: ran after its not-after. missing: no such entry.
+    """
+
+    status: Literal["ok", "denied", "closed", "stale", "missing"]
+    amount: int = 0
+    left: int = 0
+
+
+class Settled(Struct, frozen=True, kw_only=True):
+    """Answer of `settle` and `correct`.
+
+    settled; overrun: the same, above what was held; late: was unconfirmed, voided or posted; opened: no entry was
+    known, posted as its own; corrected: another cost was posted; duplicate: it was right already; missing: nobody
+    knows it. `line`: id of the journal's line, "" where nothing was done.
+    """
+
+    status: Literal["settled", "overrun", "late", "opened", "corrected", "duplicate", "missing"]
+    line: str = ""
+
+
 class Level(Struct, frozen=True, kw_only=True):
-    """One row of `hotpath budget show`: nano-USD; `limit` None = none. `bucket` names the period, e.g. 2026-11-21."""
+    """One row of `hotpath budget show`: nano-USD; `limit` None = none. `bucket` names the period, e.g. 2026-11-21.
+
+    `level`: "tenant", "key" or "user"; `name`: the key's or user's id."""
 
     level: str
     period: Literal["day", "month", "lifetime"]
@@ -57,15 +129,39 @@ class Level(Struct, frozen=True, kw_only=True):
     unconfirmed: int
     limit: int | None
     bucket: str = ""
+    name: str = ""
+
+
+class Line(Struct, frozen=True, kw_only=True):
+    """One line of a tenant's journal: a transition and what it moved, in nano-USD, in all the buckets of its levels."""
+
+    id: str  # Redis stream id: <server ms>-<n>
+    op: str
+    rid: str  # 32 hex digits, "" for lines of the whole tenant
+    call: int
+    day: int  # days since 1970-01-01: the day (and month) that is charged
+    key: str
+    user: str
+    settled: int
+    pending: int
+    unconfirmed: int
+    more: tuple[Any, ...] = ()  # lua/_journal.lua says what, by op
 
 
 class Ledger(Protocol):
-    """The two-phase ledger (DESIGN 4). Every method is one Lua call, idempotent per its arguments."""
+    """The two-phase ledger (DESIGN 4). Every method is one Lua call, idempotent per its arguments.
+
+    It moves every level that applies: the tenant, the key, and the user where that has a limit; each with a balance of
+    the day, the month and the lifetime, and any of three limits.
+    """
 
     async def reserve(
-        self, *, tenant: str, rid: str, delivery: int, amount: int, deadline: int, not_after: int
-    ) -> Reserved:
-        """Hold `amount` for the request's first call. Leased to deadline + 10 s."""
+        self, *, tenant: str, rid: str, delivery: int, amount: int, deadline: int, not_after: int,
+        key: str, user: str = "", least: int = 0, rates: Rates | None = None,
+    ) -> Reserved:  # fmt: skip
+        """Hold `amount` for the request's first call. Leased to deadline + 10 s.
+
+        `least` > 0: when `amount` does not fit but this does, hold what is left (clamping)."""
 
     async def dispatch(
         self, *, tenant: str, rid: str, delivery: int, instance: str, lost: str, amount: int, max_calls: int,
@@ -80,23 +176,39 @@ class Ledger(Protocol):
     ) -> Dispatched:  # fmt: skip
         """Open call number `call` (= n+1) after call n of the same holder was settled."""
 
-    async def settle(self, *, tenant: str, rid: str, call: int, cost: int, estimated: bool = False) -> str:
-        """Post what was really used, in full. "settled", "late" (was unconfirmed or voided), "duplicate", "opened"
-        (no entry was known: posted as its own)."""
+    async def extend(
+        self, *, tenant: str, rid: str, call: int, delivery: int, instance: str, total: int, not_after: int
+    ) -> Extended:
+        """Hold `total` in all for an open call of this holder (mid-stream); less than is held already is ok."""
 
-    async def void(self, *, tenant: str, rid: str, delivery: int, instance: str = "", call: int = 1) -> str:
+    async def settle(
+        self, *, tenant: str, rid: str, call: int, cost: int, estimated: bool = False,
+        key: str = "", user: str = "", day: int = 0, tokens: int = 0,
+    ) -> Settled:  # fmt: skip
+        """Post what was really used, in full. `key`, `user` and `day` (0 = today) say whom and when to charge should no
+        entry be known; `tokens` puts the rate limits right."""
+
+    async def correct(
+        self, *, tenant: str, rid: str, call: int, cost: int, key: str = "", user: str = "", day: int = 0, was: int = -1
+    ) -> Settled:
+        """Reconcile: the call's cost is this, whatever was posted. `was`: what the journal says was posted, for a call
+        whose entry is forgotten; -1: unknown, then nothing is done without an entry ("missing")."""
+
+    async def void(
+        self, *, tenant: str, rid: str, delivery: int, instance: str = "", call: int = 1, key: str = "", user: str = ""
+    ) -> str:
         """Give an undispatched reservation back. "voided", or "kept" (a later delivery reserved, or one dispatched).
 
         With `instance` also what a dispatch (or, with its number as `call`, a topup) of that instance may have opened
         whose answer never came: it is settled at 0."""
 
-    async def expire(self, *, tenant: str) -> int:
-        """Sweep up to 16 expired leases; how many were."""
+    async def expire(self, *, tenant: str) -> tuple[int, str]:
+        """Sweep up to 16 expired leases; how many were, and the journal's snapshot line if one was written."""
 
-    async def balances(self, *, tenant: str) -> list[Level]:
-        """The current day, month and lifetime of the tenant."""
+    async def balances(self, *, tenant: str, level: str = "t") -> list[Level]:
+        """The current day, month and lifetime of the tenant, of a key ("k:<id>") or of a user ("u:<id>")."""
 
-    async def set_limit(self, *, tenant: str, period: str, limit: int | None) -> None:
+    async def set_limit(self, *, tenant: str, period: str, limit: int | None, level: str = "t") -> None:
         """Set or clear a limit. Raises ValueError above 2^53 - 1 nano-USD (Lua's exact integers)."""
 
 
@@ -114,7 +226,17 @@ class Principal(Struct, frozen=True, kw_only=True):
     key: str  # key id
     tenant_name: str
     synthetic: bool = False  # may be used by direct publishers on the admit subject
-    limited: bool = False  # the tenant has a hard limit: money fails closed (D4)
+    limited: bool = False  # the tenant or the key has a hard limit: money fails closed (D4)
+    mode: Literal["off", "observe", "active"] = "observe"  # of the guardian's advice (S2-15)
+    pii: Literal["off", "flag", "redact", "block"] = "off"  # what is done about personal data in prompts
+    keywords: tuple[str, ...] = ()  # and about these words
+    clamp: bool = True  # lower the output cap to the budget's headroom instead of refusing
+    tenant_rpm: int = 0  # requests and tokens a minute; 0 = no limit
+    tenant_tpm: int = 0
+    key_rpm: int = 0
+    key_tpm: int = 0
+    expires: int = 0  # shared-clock ms; 0 = never
+    models: frozenset[str] = frozenset()  # the key may ask for these; empty = all
 
 
 class Registry(Protocol):

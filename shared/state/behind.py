@@ -46,6 +46,8 @@ class Void(Struct, frozen=True):
     tenant: str
     rid: str
     delivery: int
+    key: str
+    user: str
     instance: str = ""
     call: int = 1
 
@@ -58,6 +60,10 @@ class Settle(Struct, frozen=True):
     call: int
     cost: int
     estimated: bool
+    key: str
+    user: str
+    day: int
+    tokens: int
 
 
 class _Kept(Struct):
@@ -98,11 +104,11 @@ class Behind:
 
     def void(self, ask: Ask) -> None:
         """Give back what this delivery reserved."""
-        self._void(Void(ask.tenant, ask.rid, ask.delivery))
+        self._void(Void(ask.tenant, ask.rid, ask.delivery, ask.key, ask.user))
 
     def void_doubt(self, ask: Ask, instance: str, call: int) -> None:
         """A dispatch or top-up (for `call`) of this instance got no answer, no call was made: settle it at 0."""
-        self._void(Void(ask.tenant, ask.rid, ask.delivery, instance, call))
+        self._void(Void(ask.tenant, ask.rid, ask.delivery, ask.key, ask.user, instance, call))
 
     def settle(self, settle: Settle, error: StateUnavailable) -> None:
         """Redis did not take this settlement, for that reason."""
@@ -163,12 +169,14 @@ class Behind:
     async def _post(self, post: Void | Settle) -> None:
         if isinstance(post, Settle):
             await self._ledger.settle(
-                tenant=post.tenant, rid=post.rid, call=post.call, cost=post.cost, estimated=post.estimated
-            )
+                tenant=post.tenant, rid=post.rid, call=post.call, cost=post.cost, estimated=post.estimated,
+                key=post.key, user=post.user, day=post.day, tokens=post.tokens,
+            )  # fmt: skip
         else:
             await self._ledger.void(
-                tenant=post.tenant, rid=post.rid, delivery=post.delivery, instance=post.instance, call=post.call
-            )
+                tenant=post.tenant, rid=post.rid, delivery=post.delivery, instance=post.instance, call=post.call,
+                key=post.key, user=post.user,
+            )  # fmt: skip
 
     def _give_up(self, kept: _Kept) -> None:
         self.given_up += 1

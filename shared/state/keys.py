@@ -35,7 +35,7 @@ def _tag(tenant: str) -> str:
 
 
 def balances(tenant: str) -> bytes:
-    """Hash: <level>:<bucket>:<s|p|u> and <level>:limit:<period>, nano-USD."""
+    """Hash: <level>:<bucket> -> "settled pending unconfirmed", <level>:limit -> "day month lifetime", nano-USD."""
     return f"{_tag(tenant)}:bal".encode()
 
 
@@ -49,9 +49,24 @@ def leases(tenant: str) -> bytes:
     return f"{_tag(tenant)}:lease".encode()
 
 
-def ledger(tenant: str) -> tuple[bytes, bytes, bytes]:
+def journal(tenant: str) -> bytes:
+    """Stream: r: rid, l: a line (msgpack; lua/_balances.lua says its shape)."""
+    return f"{_tag(tenant)}:journal".encode()
+
+
+def rates(tenant: str) -> bytes:
+    """Hash: t and k:<key id> -> token buckets and velocity (msgpack; lua/_rates.lua)."""
+    return f"{_tag(tenant)}:rate".encode()
+
+
+def costs(tenant: str) -> bytes:
+    """Hash: the cost tracker (lua/learn.lua says its shape)."""
+    return f"{_tag(tenant)}:cost".encode()
+
+
+def ledger(tenant: str) -> tuple[bytes, ...]:
     """The keys of every ledger script, in order."""
-    return balances(tenant), entries(tenant), leases(tenant)
+    return balances(tenant), entries(tenant), leases(tenant), journal(tenant), rates(tenant)
 
 
 def config(tenant: str) -> bytes:
@@ -59,14 +74,14 @@ def config(tenant: str) -> bytes:
     return f"{_tag(tenant)}:conf".encode()
 
 
-def limit_field(period: Period) -> bytes:
-    """Field of the tenant's limit in its balances."""
-    return f"{TENANT_LEVEL}:limit:{period}".encode()
+def limit_field(level: str = TENANT_LEVEL) -> bytes:
+    """Field of a level's three limits in the balances."""
+    return f"{level}:limit".encode()
 
 
-def balance_field(bucket: str, kind: Literal["s", "p", "u"]) -> bytes:
-    """Field of what is settled, pending or unconfirmed of the tenant in a bucket."""
-    return f"{TENANT_LEVEL}:{bucket}:{kind}".encode()
+def balance_field(level: str, bucket: str) -> bytes:
+    """Field of a level's balance in a bucket."""
+    return f"{level}:{bucket}".encode()
 
 
 def bucket(period: Period, now: int) -> str:

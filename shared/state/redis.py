@@ -7,15 +7,17 @@ and 27 MB in each process, and its retries would have to be switched off one by 
 
 import asyncio
 import logging
+from functools import partial
 from typing import Final
 
 from shared.settings import Settings
-from shared.state.admin import Admin, KeyInfo, NewKey
+from shared.state.admin import Admin, KeyInfo, NewKey, announce
 from shared.state.base import StateUnavailable
+from shared.state.books import Entry
 from shared.state.circuits import RedisCircuits, policy
 from shared.state.clock import SharedClock
 from shared.state.keys import Period
-from shared.state.ledger import SCRIPTS, Entry, RedisLedger
+from shared.state.ledger import SCRIPTS, RedisLedger
 from shared.state.pipeline import Pipeline
 from shared.state.registry import RedisRegistry
 from shared.state.resp import pack
@@ -50,7 +52,6 @@ class State:
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         scripts = Scripts(self._hot)
-        self._admin = Admin(self._side, pepper=settings.key_pepper)
         self.clock = SharedClock()
         self.ledger = RedisLedger(
             self._hot,
@@ -59,8 +60,11 @@ class State:
             lease_grace_ms=settings.ledger_lease_grace_ms,
             tombstone_ms=settings.ledger_tombstone_ms,
             unconfirmed_ms=settings.ledger_unconfirmed_ms,
-            announce=self._admin.announce,
+            journal_lines=settings.ledger_journal_lines,
+            snapshot_ms=settings.ledger_snapshot_ms,
+            announce=partial(announce, self._side),
         )
+        self._admin = Admin(self._side, pepper=settings.key_pepper, set_limit=self.ledger.set_limit)
         self.registry = RedisRegistry(
             self._side,
             pepper=settings.key_pepper,
@@ -150,9 +154,9 @@ class State:
         """See Admin.tenant_by_name."""
         return await self._admin.tenant_by_name(name)
 
-    async def set_limit(self, tenant: str, period: Period, limit: int | None) -> None:
-        """Set or clear a tenant's limit in nano-USD. Raises ValueError, StateUnavailable."""
-        await self.ledger.set_limit(tenant=tenant, period=period, limit=limit)
+    async def set_limit(self, tenant: str, period: Period, limit: int | None, level: str = "t") -> None:
+        """Set or clear a limit in nano-USD of the tenant or another level. Raises ValueError, StateUnavailable."""
+        await self.ledger.set_limit(tenant=tenant, period=period, limit=limit, level=level)
 
     async def entries(self, tenant: str) -> list[Entry]:
         """What the ledger remembers of the tenant's calls."""

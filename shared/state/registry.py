@@ -183,12 +183,12 @@ class RedisRegistry:
         await self._load([DEFAULT_TENANT, *(tenant for tenant in tenants if tenant != DEFAULT_TENANT)])
 
     async def _load(self, tenants: list[str]) -> None:
-        limits = [keys.limit_field(period) for period in keys.PERIODS]
+        limits = keys.limit_field()
         for first in range(0, len(tenants), AT_ONCE):
             some = tenants[first : first + AT_ONCE]
             commands: list[tuple[bytes, ...]] = []
             for tenant in some:
-                commands += [(b"HGETALL", keys.config(tenant)), (b"HMGET", keys.balances(tenant), *limits)]
+                commands += [(b"HGETALL", keys.config(tenant)), (b"HGET", keys.balances(tenant), limits)]
             replies = await self._pipeline.many(commands, _TIMEOUT)
             for reply in replies:
                 if type(reply) is ReplyError:
@@ -196,7 +196,7 @@ class RedisRegistry:
             for tenant, flat, limit in zip(some, replies[::2], replies[1::2], strict=True):
                 # a limit that is not a number limits too: the ledger answers with an error then (D2)
                 fields = dict(zip(flat[::2], flat[1::2], strict=True))
-                self._install(tenant, fields, limited=any(each is not None for each in limit))
+                self._install(tenant, fields, limited=limit is not None)
 
     def _forget(self, tenant: str) -> None:
         for known in self._tenants.pop(tenant, []):

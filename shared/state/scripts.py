@@ -15,6 +15,7 @@ from shared.state.resp import pack
 _FOLDER: Final = Path(__file__).parent / "lua"
 #: What stands in front of each ledger script, in this order.
 LEDGER: Final = ("_balances", "_entries")
+RATED: Final = (*LEDGER, "_rates")
 
 
 class Script(Struct, frozen=True):

@@ -77,6 +77,8 @@ class Ask(Struct, frozen=True, kw_only=True, omit_defaults=True):
     answer_by: int = 0  # shared-clock ms: this delivery is not begun later, its sender has given it up; 0 = not told
     trace: str = ""  # W3C traceparent
     epoch: int = 0
+    user: str = ""  # * opaque id the ingress makes of the body's `user` (16 hex digits): the level of a user's limit
+    max_estimate: int = -1  # nano-USD of X-BR-Max-Estimated-Cost (S2-12); -1 = not given
     body: bytes
 
 
@@ -91,6 +93,13 @@ class Admission(Struct, frozen=True, kw_only=True, omit_defaults=True):
     price: Price  # pinned: settled at the price it was reserved at
     status: str = "on"  # X-BR-Guardian-Status
     overhead_us: int = 0
+    user: str = ""  # Ask.user, when that user has a limit: the third level that moves
+    day: int = 0  # days since 1970-01-01: the period the ledger charges
+    epoch: int = 0  # of the catalogue the prices are from
+    hard: bool = False  # a level has a hard limit: money fails closed (D4)
+    input_estimate: int = 0  # S2-09's, in tokens: what the output ratio is learned against
+    extra: dict[str, str] = {}  # further headers of the answer: x-ratelimit-*, X-BR-Max-Tokens-Clamped
+    prices: dict[str, Price] = {}  # endpoint id -> its price, where it is not `price`, the dearest
 
 
 class Step(Struct, frozen=True, array_like=True):

@@ -37,7 +37,9 @@ def _client_cpu() -> float:
 
 async def _request(ledger: RedisLedger, now: int, ttl: int) -> None:
     rid = secrets.token_hex(16)
-    await ledger.reserve(tenant=TENANT, rid=rid, delivery=1, amount=300_000, deadline=now + ttl, not_after=now + 1000)
+    await ledger.reserve(
+        tenant=TENANT, rid=rid, delivery=1, amount=300_000, deadline=now + ttl, not_after=now + 1000, key="k"
+    )
     await ledger.dispatch(
         tenant=TENANT, rid=rid, delivery=1, instance="abcdefghijkl", lost="", amount=300_000, max_calls=3,
         not_after=now + 1000,
@@ -94,6 +96,8 @@ async def _main(pid: int, port: int, requests: int, concurrency: int) -> None:
             lease_grace_ms=0,
             tombstone_ms=300,
             unconfirmed_ms=1000,
+            journal_lines=100_000,
+            snapshot_ms=600_000,
         )
         await _round(state, pid, requests, concurrency, "tombstones come and go", brief)
     finally:

@@ -71,7 +71,9 @@ def test_the_books_of_a_data_directory(tmp_path: Path) -> None:
         now = state.clock.now()
         tenant, rid, soon = money.TENANT, "cd" * 16, now + 60_000
         await state.set_limit(tenant, "day", 10**15)
-        await state.ledger.reserve(tenant=tenant, rid=rid, delivery=1, amount=50_000, deadline=soon, not_after=soon)
+        await state.ledger.reserve(
+            tenant=tenant, rid=rid, delivery=1, amount=50_000, deadline=soon, not_after=soon, key="k"
+        )
         await state.ledger.dispatch(
             tenant=tenant, rid=rid, delivery=1, instance="p", lost="", amount=50_000, max_calls=1, not_after=soon
         )

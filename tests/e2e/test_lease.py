@@ -36,7 +36,7 @@ async def test_an_abandoned_call(up: Up, state: State, tenant: Callable[..., Any
     who, rid, now = made["tenant_id"], secrets.token_hex(16), state.clock.now()
     deadline = now + int(DEADLINE_S * 1000)
     reserved = await state.ledger.reserve(
-        tenant=who, rid=rid, delivery=1, amount=AMOUNT, deadline=deadline, not_after=now + 400
+        tenant=who, rid=rid, delivery=1, amount=AMOUNT, deadline=deadline, not_after=now + 400, key="k"
     )
     assert reserved.status == "ok"
     if dispatched:

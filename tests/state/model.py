@@ -172,6 +172,7 @@ class Model:
             call = Call(number, "new", 0, "", 0)
             if entry.state == "reserved":
                 call.amount, call.delivery = entry.amount, entry.delivery
+                status = "overrun" if cost > entry.amount else status
             elif status == "settled":
                 status = "late" if entry.state == "voided" else "opened"
             entry.calls.append(call)
@@ -179,6 +180,8 @@ class Model:
             return "duplicate"
         if call.state in {"unconfirmed", "posted"}:
             status = "late"
+        elif call.state == "dispatched" and cost > call.amount:
+            status = "overrun"
         self.settled += cost - (call.cost if call.state == "posted" else 0)
         entry.state, call.state, call.cost = "called", "settled", cost
         entry.forget_at = max(self.now + TOMBSTONE, entry.deadline + GRACE)

@@ -8,13 +8,15 @@ import msgspec
 from shared.core.circuit import CLOSED, SLOT_MS
 from shared.settings import Settings, load
 from shared.state import keys
-from shared.state.base import Dispatched, Level, Reserved
-from shared.state.ledger import Entry
+from shared.state.base import Dispatched, Extended, Level, Line, Rates, Reserved
+from shared.state.books import Entry
 from shared.state.redis import State
 
 MINUTE = 60_000
 HOUR = 60 * MINUTE
 DAY = 24 * HOUR
+
+KEY = "abcdefghijkl"  # id of the key that asks, where it does not matter
 
 
 def settings_for(url: str, **environment: str) -> Settings:
@@ -48,11 +50,19 @@ class Money:
         return self.now + (-5000 if stale else 5000)
 
     async def reserve(
-        self, rid: str, delivery: int = 1, amount: int = 100, ttl: int = HOUR, *, stale: bool = False
+        self, rid: str, delivery: int = 1, amount: int = 100, ttl: int = HOUR, *, stale: bool = False, **more: Any
     ) -> Reserved:
+        """Status, amount and what is left; `reserve_whole` has the rest."""
+        found = await self.reserve_whole(rid, delivery, amount, ttl, stale=stale, **more)
+        return Reserved(status=found.status, amount=found.amount, left=found.left)
+
+    async def reserve_whole(
+        self, rid: str, delivery: int = 1, amount: int = 100, ttl: int = HOUR, *, stale: bool = False,
+        key: str = KEY, user: str = "", least: int = 0, rates: Rates | None = None,
+    ) -> Reserved:  # fmt: skip
         return await self.state.ledger.reserve(
             tenant=self.tenant, rid=rid, delivery=delivery, amount=amount, deadline=self.now + ttl,
-            not_after=self._not_after(stale),
+            not_after=self._not_after(stale), key=key, user=user, least=least, rates=rates,
         )  # fmt: skip
 
     async def dispatch(
@@ -73,8 +83,30 @@ class Money:
             max_calls=max_calls, not_after=self._not_after(stale),
         )  # fmt: skip
 
-    async def settle(self, rid: str, call: int = 1, cost: int = 60, *, estimated: bool = False) -> str:
-        return await self.state.ledger.settle(tenant=self.tenant, rid=rid, call=call, cost=cost, estimated=estimated)
+    async def extend(
+        self, rid: str, call: int, total: int, delivery: int = 1, instance: str = "A", *, stale: bool = False
+    ) -> Extended:
+        return await self.state.ledger.extend(
+            tenant=self.tenant, rid=rid, call=call, delivery=delivery, instance=instance, total=total,
+            not_after=self._not_after(stale),
+        )  # fmt: skip
+
+    async def settle(
+        self, rid: str, call: int = 1, cost: int = 60, *, estimated: bool = False,
+        key: str = KEY, user: str = "", day: int = 0, tokens: int = 0,
+    ) -> str:  # fmt: skip
+        settled = await self.state.ledger.settle(
+            tenant=self.tenant, rid=rid, call=call, cost=cost, estimated=estimated, key=key, user=user, day=day,
+            tokens=tokens,
+        )  # fmt: skip
+        assert bool(settled.line) == (settled.status != "duplicate")
+        return settled.status
+
+    async def correct(self, rid: str, call: int = 1, cost: int = 60, *, day: int = 0, was: int = -1) -> str:
+        settled = await self.state.ledger.correct(
+            tenant=self.tenant, rid=rid, call=call, cost=cost, key=KEY, day=day, was=was
+        )
+        return settled.status
 
     async def void(self, rid: str, delivery: int = 1, instance: str = "", call: int = 1) -> str:
         return await self.state.ledger.void(
@@ -82,13 +114,20 @@ class Money:
         )
 
     async def expire(self) -> int:
-        return await self.state.ledger.expire(tenant=self.tenant)
+        return (await self.state.ledger.expire(tenant=self.tenant))[0]
 
-    async def limit(self, period: keys.Period, limit: int | None) -> None:
-        await self.state.set_limit(self.tenant, period, limit)
+    async def limit(self, period: keys.Period, limit: int | None, level: str = "t") -> None:
+        await self.state.set_limit(self.tenant, period, limit, level)
 
-    async def levels(self) -> dict[str, Level]:
-        return {level.period: level for level in await self.state.ledger.balances(tenant=self.tenant)}
+    async def levels(self, level: str = "t") -> dict[str, Level]:
+        return {each.period: each for each in await self.state.ledger.balances(tenant=self.tenant, level=level)}
+
+    async def journal(self) -> list[Line]:
+        """All of it."""
+        lines: list[Line] = []
+        while page := await self.state.ledger.journal(tenant=self.tenant, after=lines[-1].id if lines else ""):
+            lines += page
+        return lines
 
     async def held(self) -> tuple[int, int, int]:
         """Settled, pending, unconfirmed of the lifetime."""
@@ -116,7 +155,7 @@ class Money:
         for rid, packed in zip(flat[::2], flat[1::2], strict=True):
             entry = msgspec.msgpack.decode(packed)
             entry[3] -= ms
-            for call in entry[6:]:
+            for call in entry[9:]:
                 if call[7]:
                     call[7] -= ms
             await self.raw("HSET", keys.entries(self.tenant), rid, msgspec.msgpack.encode(entry))

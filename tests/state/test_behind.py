@@ -56,7 +56,7 @@ def behind(redis: Redis, tombstone_ms: int = 600_000) -> Behind:
 
 
 def settle(number: int, tenant: str = "t") -> Settle:
-    return Settle(tenant, f"{number:032x}", 1, 100, estimated=False)
+    return Settle(tenant, f"{number:032x}", 1, 100, estimated=False, key="k", user="", day=0, tokens=0)
 
 
 def ask(number: int) -> Ask:

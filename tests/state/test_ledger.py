@@ -301,7 +301,7 @@ async def test_settle_posts_in_full_once(money: Money) -> None:
     rid = new_rid()
     await money.reserve(rid)
     await money.dispatch(rid)
-    assert await money.settle(rid, 1, 5000) == "settled"
+    assert await money.settle(rid, 1, 5000) == "overrun"
     assert await money.settle(rid, 1, 5000) == "duplicate"
     assert await money.settle(rid, 1, 1) == "duplicate"
     assert await money.held() == (5000, 0, 0)

@@ -22,7 +22,7 @@ async def test_large_amounts_are_exact(money: Money) -> None:
         assert (await money.held())[1] == odd
         await money.settle(rid, 1, odd + 2)
     assert await money.held() == (3 * odd + 6, 0, 0)
-    assert b"e" not in await money.raw("HGET", keys.balances(money.tenant), keys.balance_field("lifetime", "s"))
+    assert b"e" not in await money.raw("HGET", keys.balances(money.tenant), keys.balance_field("t", "lifetime"))
     for n in range(3):
         await money.settle(new_rid(), 1, MAX_AMOUNT - n)
     assert await money.held() == (3 * odd + 6 + 3 * MAX_AMOUNT - 3, 0, 0)
@@ -34,7 +34,7 @@ async def test_large_amounts_are_exact(money: Money) -> None:
 async def test_a_damaged_limit_is_an_error_never_unlimited(money: Money, junk: str) -> None:
     """D2: checked by pattern before the first write."""
     rid = new_rid()
-    await money.raw("HSET", keys.balances(money.tenant), keys.limit_field("month"), junk)
+    await money.raw("HSET", keys.balances(money.tenant), keys.limit_field(), f"- {junk} -")
     with pytest.raises(StateUnavailable, match="NOTINTEGER"):
         await money.reserve(rid)
     assert await money.entries() == []
@@ -46,13 +46,12 @@ async def test_a_damaged_balance_stops_the_whole_move(money: Money) -> None:
     rid = new_rid()
     await money.reserve(rid)
     await money.dispatch(rid)
-    await money.raw("HSET", keys.balances(money.tenant), keys.balance_field("lifetime", "p"), "1e2")
+    await money.raw("HSET", keys.balances(money.tenant), keys.balance_field("t", "lifetime"), "0 1e2 0")
     with pytest.raises(StateUnavailable, match="NOTINTEGER"):
         await money.settle(rid)
     assert await money.calls(rid) == [(1, "dispatched")]
     day = keys.bucket("day", money.now)
-    assert await money.raw("HGET", keys.balances(money.tenant), keys.balance_field(day, "p")) == b"100"
-    assert await money.raw("HGET", keys.balances(money.tenant), keys.balance_field(day, "s")) is None
+    assert await money.raw("HGET", keys.balances(money.tenant), keys.balance_field("t", day)) == b"0 100 0"
     with pytest.raises(StateUnavailable, match="damaged"):
         await money.levels()
 

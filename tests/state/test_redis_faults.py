@@ -47,7 +47,13 @@ async def test_a_paused_redis_is_refused_in_time_then_at_once_then_back(own_valk
     for _ in range(2):
         not_after = state.clock.now() + 100
         reserve = state.ledger.reserve(
-            tenant="paused", rid=new_rid(), delivery=1, amount=5, deadline=not_after + 30_000, not_after=not_after
+            tenant="paused",
+            rid=new_rid(),
+            delivery=1,
+            amount=5,
+            deadline=not_after + 30_000,
+            not_after=not_after,
+            key="k",
         )
         took, answer = await timed(reserve)
         assert isinstance(answer, StateUnavailable)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from shared.state import keys
+from shared.state.admin import announce
 from shared.state.base import StateUnavailable
 from shared.state.redis import State
 from shared.state.registry import AT_ONCE, MAX_TOKEN, UNKNOWN_KEPT
@@ -120,8 +121,8 @@ async def test_a_limit_set_or_cleared_reaches_every_process(own_valkey: str, con
     await here.set_limit("default", "month", None)
     await there.registry.poll()
     assert not limited()
-    await Money(here, "default").raw("HSET", keys.balances("default"), keys.limit_field("day"), "junk")
-    await here._admin.announce("default")
+    await Money(here, "default").raw("HSET", keys.balances("default"), keys.limit_field(), "junk")
+    await announce(here._side, "default")
     await there.registry.poll()
     assert limited()
 

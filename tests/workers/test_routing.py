@@ -129,7 +129,13 @@ async def test_no_provider_behind_and_says_503(rig):
     ledger, now = rig.ctx.state.ledger, rig.ctx.state.clock.now()
     request = ask(made.tenant_id, made.key_id)
     await ledger.reserve(
-        tenant=made.tenant_id, rid=request.rid, delivery=1, amount=5, deadline=now + 9000, not_after=now + 1000
+        tenant=made.tenant_id,
+        rid=request.rid,
+        delivery=1,
+        amount=5,
+        deadline=now + 9000,
+        not_after=now + 1000,
+        key=request.key,
     )
     rig.ctx.rosters["provider"].dead("next")
     rig.to_role(encode(Route(ask=request, admission=admission())))

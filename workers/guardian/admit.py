@@ -238,6 +238,8 @@ class Guardian:
                 amount=pending.admission.amount,
                 deadline=ask.deadline,
                 not_after=self._ctx.state.clock.now() + RESERVE_MS,
+                key=ask.key,
+                user=ask.user,
             )
         except StateUnavailable:
             self._behind.void(ask)  # it may have been applied all the same

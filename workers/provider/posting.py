@@ -27,17 +27,22 @@ class Posting:
     async def settle(self, message: Call, call: int, paid: Charge, held: int) -> bool:
         """Post it in full; `held`: what is reserved for this call, nano-USD. False when Redis did not answer: the call
         is left unconfirmed until the late settle."""
-        ask = message.ask
-        if message.admission.reserved and paid.cost > held:
+        ask, admission = message.ask, message.admission
+        post = Settle(
+            ask.tenant, ask.rid, call, paid.cost, paid.estimated, ask.key, admission.user, admission.day,
+            paid.input_tokens + paid.output_tokens,
+        )  # fmt: skip
+        if admission.reserved and paid.cost > held:
             self._overrun(ask.rid, call, paid.cost, held)
         reach("provider.before_settle")
         try:
             await self._ledger.settle(
-                tenant=ask.tenant, rid=ask.rid, call=call, cost=paid.cost, estimated=paid.estimated
-            )
+                tenant=post.tenant, rid=post.rid, call=call, cost=post.cost, estimated=post.estimated, key=post.key,
+                user=post.user, day=post.day, tokens=post.tokens,
+            )  # fmt: skip
         except StateUnavailable as error:
             self._log.warning("settlement not confirmed", extra={"requestId": ask.rid, "call": call})
-            self._behind.settle(Settle(ask.tenant, ask.rid, call, paid.cost, paid.estimated), error)
+            self._behind.settle(post, error)
             return False
         reach("provider.after_settle")
         return True

@@ -1,26 +1,33 @@
--- Put in front of every ledger script by scripts.py, with _entries.lua: arguments, server time, periods, balances.
+-- Put in front of every ledger script by scripts.py, with _entries.lua: arguments, server time, balances, the journal.
 --
--- KEYS[1] balances  hash  <level>:<bucket>:<s|p|u> -> nano-USD settled, pending, unconfirmed; buckets are 2026-11-21,
---                         2026-11 and lifetime; <level>:limit:<day|month|lifetime> -> nano-USD
--- KEYS[2] entries   hash  rid (16 bytes) -> entry (msgpack)
--- KEYS[3] leases    zset  rid -> server ms at which the entry is next due: its lease, an unconfirmed call, its tombstone
+-- KEYS[1] balances  hash    <level>:<bucket> -> "settled pending unconfirmed", nano-USD; levels are t (the tenant),
+--                           k:<key id> and u:<user id>, buckets 2026-11-21, 2026-11 and lifetime;
+--                           <level>:limit -> "day month lifetime", each nano-USD or "-"; ratio (learn.lua);
+--                           users: levels u: with a limit; pruned, snap: see expire.lua
+-- KEYS[2] entries   hash    rid (16 bytes) -> entry (msgpack)
+-- KEYS[3] leases    zset    rid -> server ms at which the entry is next due: its lease, an unconfirmed call, its tombstone
+-- KEYS[4] journal   stream  r: rid, l: msgpack [op, call, day, key, user, settled, pending, unconfirmed, more...]: what a
+--                           transition moved in every bucket of its levels (core/journal.py replays it, and lists the ops)
+-- KEYS[5] rates     hash    see _rates.lua
 -- ARGV[1..4] rid, lease grace, tombstone and unconfirmed spans in ms; each script names its own further ones.
 --
--- entry {state, delivery, voided, deadline, day, amount, call...}   state R reserved, V voided, D dispatched or settled;
---       delivery: newest that reserved; voided: newest that was voided; deadline: 0 if never reserved; day: of the reserve, charged at the settle
+-- entry {state, delivery, voided, deadline, day, amount, key, user, rated, call...}   state R reserved, V voided, D dispatched or
+--       settled; delivery: newest that reserved; voided: newest that was voided; deadline: 0 if never reserved; day: of
+--       the reserve, charged at the settle; user: '' without a limit; rated: tokens taken of the rate limits, -1: none are
 -- call  {number, state, amount, cost, estimated, instance, delivery, due}   state D dispatched, S settled,
 --       U unconfirmed (until due), B posted at its upper bound, N not known before its settle
-local STATE, DELIVERY, VOIDED, DEADLINE, DAY, AMOUNT, CALLS = 1, 2, 3, 4, 5, 6, 6
+local STATE, DELIVERY, VOIDED, DEADLINE, DAY, AMOUNT, KEY, USER, RATED, CALLS = 1, 2, 3, 4, 5, 6, 7, 8, 9, 9
 local NUMBER, COST, ESTIMATED, INSTANCE, HOLDER_DELIVERY, DUE = 1, 4, 5, 6, 7, 8
 local CALL_STATE, CALL_AMOUNT = 2, 3
-local LEVELS, PERIODS, KINDS = {'t'}, {'day', 'month', 'lifetime'}, {':s', ':p', ':u'}
+local PERIODS = {'day', 'month', 'lifetime'}
 local EXACT = 9007199254740991 -- 2^53 - 1, the largest integer a Lua number holds exactly
 
-local balances, entries, leases, rid = KEYS[1], KEYS[2], KEYS[3], ARGV[1]
+local balances, entries, leases, journal, rid = KEYS[1], KEYS[2], KEYS[3], KEYS[4], ARGV[1]
 local grace, tombstone, unconfirmed = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local today = math.floor(now / 86400000)
+local ratio -- of the tenant, once a guarded move has read it
 
 -- Year, month, day of a day number since 1970-01-01 (proleptic Gregorian; the year is taken to begin in March).
 local function civil(day)
@@ -35,66 +42,94 @@ local function civil(day)
   return yoe + era * 400 + (month <= 2 and 1 or 0), month, doy - floor((153 * mp + 2) / 5) + 1
 end
 
--- A stored number, or an error reply: what is not a plain integer must never become "unlimited" (D2).
-local function integer(text, pattern)
-  if not text then return 0 end
-  if #text > 18 or not string.find(text, pattern) then error({err = 'NOTINTEGER a balance or limit is damaged'}) end
+local function damaged() error({err = 'NOTINTEGER a balance or limit is damaged'}) end
+
+-- What is not three plain integers must never become headroom, nor "unlimited" (D2).
+local function balance(text)
+  if not text then return '0', 0, 0 end
+  local settled, pending, held = string.match(text, '^(%-?%d+) (%d+) (%d+)$')
+  if not settled or #settled > 18 or #pending > 16 or #held > 16 then damaged() end
+  return settled, tonumber(pending), tonumber(held)
+end
+
+-- A limit of the three as text ("-" = none), or nil.
+local function limit_of(text)
+  if text == '-' then return nil end
+  if not string.find(text, '^%d+$') or #text > 16 then damaged() end
   return tonumber(text)
 end
 
--- Adds to the balances of every level in a day, its month and the lifetime: everything is read and checked, then
--- written at once. With `guarded`, writes nothing and returns what is left when a limit would be passed (I2).
-local function move(day, settled, pending, held, guarded)
-  local deltas, kinds = {settled, pending, held}, {}
-  for k = 1, 3 do
-    if guarded or deltas[k] ~= 0 then kinds[#kinds + 1] = k end
-  end
-  if #kinds == 0 then return end
+-- Decimal text + number. A lifetime may pass 2^53 nano-USD ($9 million): whole dollars and nano-USD are added apart then.
+local function add(text, delta)
+  if #text < 16 and delta < 4503599627370496 then return string.format('%.0f', tonumber(text) + delta) end
+  local high, low = tonumber(string.sub(text, 1, -10)) or 0, tonumber(string.sub(text, -9))
+  if string.sub(text, 1, 1) == '-' then damaged() end
+  local dollars = math.floor(delta / 1e9)
+  low = low + (delta - dollars * 1e9)
+  local carry = math.floor(low / 1e9)
+  high, low = high + dollars + carry, low - carry * 1e9
+  if high > 0 then return string.format('%.0f%09.0f', high, low) end
+  return string.format('%.0f', high * 1e9 + low)
+end
+
+local function buckets_of(day)
   local year, month, date = civil(day)
-  local buckets = {string.format('%04d-%02d-%02d', year, month, date), string.format('%04d-%02d', year, month), 'lifetime'}
-  local names, n = {}, 0
-  for _, level in ipairs(LEVELS) do
-    for i = 1, 3 do
-      local stem = level .. ':' .. buckets[i]
-      for _, k in ipairs(kinds) do
-        n = n + 1
-        names[n] = stem .. KINDS[k]
+  return string.format('%04d-%02d-%02d', year, month, date), string.format('%04d-%02d', year, month), 'lifetime'
+end
+
+-- Adds to the balances of every level of an entry in its day, month and lifetime: everything is read and checked, then
+-- written at once. With `guarded`, writes nothing and returns what is left, the level and the period when a limit would
+-- be passed (I2).
+local function move(entry, settled, pending, held, guarded)
+  if settled == 0 and pending == 0 and held == 0 and not guarded then return end
+  local day, month, lifetime = buckets_of(entry[DAY])
+  local levels, names = {'t'}, {}
+  if entry[KEY] ~= '' then levels[2] = 'k:' .. entry[KEY] end
+  if entry[USER] ~= '' then levels[#levels + 1] = 'u:' .. entry[USER] end
+  local stride = guarded and 4 or 3
+  for i, level in ipairs(levels) do
+    local at = stride * (i - 1)
+    names[at + 1], names[at + 2], names[at + 3] = level .. ':' .. day, level .. ':' .. month, level .. ':' .. lifetime
+    if guarded then names[at + 4] = level .. ':limit' end
+  end
+  local size = #names
+  if guarded then names[size + 1] = 'ratio' end
+  local values = redis.call('HMGET', balances, unpack(names))
+  local left, which, period, write, w = EXACT, 't', 'lifetime', {}, 0
+  for i, level in ipairs(levels) do
+    local at, limits = stride * (i - 1), nil
+    if guarded and values[at + 4] then
+      limits = {string.match(values[at + 4], '^([%d-]+) ([%d-]+) ([%d-]+)$')}
+      if #limits ~= 3 then damaged() end
+    end
+    for j = 1, 3 do
+      local s, p, u = balance(values[at + j])
+      local limit = limits and limit_of(limits[j])
+      if limit then
+        local rest = limit - tonumber(s) - p - u
+        if rest < left then left, which, period = rest, level, PERIODS[j] end
       end
-      if guarded then
-        n = n + 1
-        names[n] = level .. ':limit:' .. PERIODS[i]
-      end
+      -- nothing held never goes below 0: a hash that was deleted must not turn into headroom
+      p, u = math.max(p + pending, 0), math.max(u + held, 0)
+      if p > EXACT or u > EXACT then damaged() end
+      write[w + 1], write[w + 2] = names[at + j], string.format('%s %.0f %.0f', add(s, settled), p, u)
+      w = w + 2
     end
   end
-  local values, i = redis.call('HMGET', balances, unpack(names)), 0
-  local left, write, w, big = EXACT, {}, 0, nil
-  while i < n do
-    local used = 0
-    for _, k in ipairs(kinds) do
-      i = i + 1
-      local before, delta = integer(values[i], '^%-?%d+$'), deltas[k]
-      used = used + before
-      if delta ~= 0 then
-        -- nothing held never goes below 0: a hash that was deleted must not turn into headroom
-        local after = (k == 1 or before + delta > 0) and before + delta or 0
-        if after > EXACT then -- HINCRBY counts in 64 bits
-          big = big or {}
-          big[#big + 1] = {names[i], string.format('%.0f', delta)}
-        else
-          write[w + 1], write[w + 2], w = names[i], string.format('%.0f', after), w + 2
-        end
-      end
-    end
-    if guarded then
-      i = i + 1
-      if values[i] then left = math.min(left, integer(values[i], '^%d+$') - used) end
-    end
+  if guarded then
+    ratio = tonumber(values[size + 1] or 1000000)
+    if pending > 0 and pending > left then return math.max(0, left), which, period end
+    if pending == 0 then return end
   end
-  if guarded and pending > 0 and pending > left then return math.max(0, left) end
   -- a field over 64 bytes keeps the hash out of the list encoding, whose look-ups walk past every day that is kept
-  if guarded and not values[n - 2] then
-    write[w + 1], write[w + 2], w = 'about', string.rep('balances in nano-USD; ', 3), w + 2
+  if not values[3] then
+    write[w + 1], write[w + 2] = 'about', string.rep('balances in nano-USD; ', 3)
   end
-  if w > 0 then redis.call('HSET', balances, unpack(write)) end
-  for _, change in ipairs(big or {}) do redis.call('HINCRBY', balances, change[1], change[2]) end
+  redis.call('HSET', balances, unpack(write))
+end
+
+-- One line of the journal; returns its id.
+local function line(op, id, entry, number, settled, pending, held, ...)
+  return redis.call('XADD', journal, '*', 'r', id, 'l',
+    cmsgpack.pack({op, number, entry[DAY], entry[KEY], entry[USER], settled, pending, held, ...}))
 end

@@ -34,26 +34,36 @@ local function newest(entry)
   return top
 end
 
-local function doubt(entry, call)
-  move(entry[DAY], 0, -call[CALL_AMOUNT], call[CALL_AMOUNT])
+local function call_of(entry, number)
+  for i = CALLS + 1, #entry do
+    if entry[i][NUMBER] == number then return entry[i] end
+  end
+end
+
+local function doubt(id, entry, call)
+  move(entry, 0, -call[CALL_AMOUNT], call[CALL_AMOUNT])
+  line('unconfirm', id, entry, call[NUMBER], 0, -call[CALL_AMOUNT], call[CALL_AMOUNT])
   call[CALL_STATE], call[DUE] = 'U', now + unconfirmed
 end
 
 -- What the passing of time does to a due entry; true when it did something.
-local function lapse(entry)
+local function lapse(id, entry)
   local changed = false
   if entry[STATE] == 'R' and entry[DEADLINE] + grace <= now then
-    move(entry[DAY], 0, -entry[AMOUNT], 0)
+    move(entry, 0, -entry[AMOUNT], 0)
+    line('expire', id, entry, 0, 0, -entry[AMOUNT], 0)
     entry[STATE], entry[VOIDED], changed = 'V', math.max(entry[VOIDED], entry[DELIVERY]), true
   end
   for i = CALLS + 1, #entry do
     local call = entry[i]
+    local amount = call[CALL_AMOUNT]
     if call[CALL_STATE] == 'D' and entry[DEADLINE] + grace <= now then
-      doubt(entry, call)
+      doubt(id, entry, call)
       changed = true
     elseif call[CALL_STATE] == 'U' and call[DUE] <= now then
-      move(entry[DAY], call[CALL_AMOUNT], 0, -call[CALL_AMOUNT])
-      call[CALL_STATE], call[COST], call[ESTIMATED], changed = 'B', call[CALL_AMOUNT], 1, true
+      move(entry, amount, 0, -amount)
+      line('post', id, entry, call[NUMBER], amount, 0, -amount, amount, 1)
+      call[CALL_STATE], call[COST], call[ESTIMATED], changed = 'B', amount, 1, true
     end
   end
   return changed
@@ -66,7 +76,7 @@ local function sweep()
   local gone = {}
   for i, raw in ipairs(redis.call('HMGET', entries, unpack(ids))) do
     local entry = raw and cmsgpack.unpack(raw)
-    if entry and (lapse(entry) or due(entry)) then save(ids[i], entry, true) else gone[#gone + 1] = ids[i] end
+    if entry and (lapse(ids[i], entry) or due(entry)) then save(ids[i], entry, true) else gone[#gone + 1] = ids[i] end
   end
   if #gone > 0 then
     redis.call('HDEL', entries, unpack(gone))
@@ -78,8 +88,42 @@ end
 -- Opens a further call with its own amount, if the Plan has calls left and it fits (dispatch and topup).
 local function open(entry, number, amount, instance, delivery, max_calls)
   if number > max_calls then return {'exhausted'} end
-  local left = move(entry[DAY], 0, amount, 0, true)
+  local left = move(entry, 0, amount, 0, true)
   if left then return {'denied', left} end
+  line('topup', rid, entry, number, 0, amount, 0, amount)
   entry[#entry + 1] = {number, 'D', amount, 0, 0, instance, delivery, 0}
   return {'won', number}
+end
+
+-- Posts what a call really used, whatever was held for it. Returns {status, id of the line}; `always`: reconcile knows
+-- the bill, and what was settled is put right.
+local function post(entry, status, number, cost, estimated, always)
+  local call = call_of(entry, number)
+  if not call then
+    call = {number, 'N', 0, 0, 0, '', 0, 0}
+    if entry[STATE] == 'R' then -- its dispatch was lost: the reservation was held for this call
+      call[CALL_STATE], call[CALL_AMOUNT], call[HOLDER_DELIVERY] = 'D', entry[AMOUNT], entry[DELIVERY]
+    elseif status == 'settled' then
+      status = entry[STATE] == 'V' and 'late' or 'opened'
+    end
+    entry[#entry + 1] = call
+  end
+  local state, held, was = call[CALL_STATE], call[CALL_AMOUNT], 0
+  if state == 'S' then
+    if not always or (call[COST] == cost and call[ESTIMATED] == 0) then return {'duplicate', ''} end
+    status, was = 'corrected', call[COST]
+  elseif state == 'B' then
+    status, was = 'late', held
+  elseif state == 'U' then
+    status = 'late'
+  elseif state == 'D' and cost > held then
+    status = 'overrun'
+  end
+  local settled, pending, doubted = cost - was, state == 'D' and -held or 0, state == 'U' and -held or 0
+  move(entry, settled, pending, doubted)
+  local op = (status == 'settled' and 'settle') or (status == 'corrected' and 'correct') or status
+  local id = line(op, rid, entry, number, settled, pending, doubted, cost, estimated, held)
+  entry[STATE], call[CALL_STATE], call[COST], call[ESTIMATED], call[DUE] = 'D', 'S', cost, estimated, 0
+  save(rid, entry, true)
+  return {status, id}
 end

@@ -1,6 +1,6 @@
 #!lua
 -- dispatch(args=[rid, grace, tombstone, unconfirmed, delivery, instance, lost, amount, max_calls, not_after],
---          keys=[balances, entries, leases])
+--          keys=[balances, entries, leases, journal, rates])
 --
 -- Compare-and-set: one delivery wins the right to make the next upstream call. `lost` names a holder known dead: its
 -- open call becomes UNCONFIRMED, whether or not a further one fits. Keys and their types: _balances.lua.
@@ -18,6 +18,7 @@ if now > entry[DEADLINE] then return {'late'} end
 local last = newest(entry)
 if not last then
   if max_calls < 1 then return {'exhausted'} end
+  line('dispatch', rid, entry, 1, 0, 0, 0, instance, delivery)
   entry[STATE] = 'D'
   entry[CALLS + 1] = {1, 'D', entry[AMOUNT], 0, 0, instance, delivery, 0}
   save(rid, entry, false) -- the lease stays: deadline + grace
@@ -30,7 +31,7 @@ if lost == '' or last[INSTANCE] ~= lost or lost == instance then
   return {opened and 'refused' or 'closed', last[INSTANCE], last[HOLDER_DELIVERY]}
 end
 
-if opened then doubt(entry, last) end
+if opened then doubt(rid, entry, last) end
 local answer = open(entry, last[NUMBER] + 1, amount, instance, delivery, max_calls)
 if opened or answer[1] == 'won' then save(rid, entry, true) end
 return answer

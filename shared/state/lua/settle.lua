@@ -1,36 +1,21 @@
 #!lua flags=allow-oom
--- settle(args=[rid, grace, tombstone, unconfirmed, call, cost, estimated], keys=[balances, entries, leases])
+-- settle(args=[rid, grace, tombstone, unconfirmed, call, cost, estimated, key, user, day, tokens],
+--        keys=[balances, entries, leases, journal, rates])
 --
 -- Posts what a call really used, in full, whatever was held for it and in the period of its reserve; runs when Redis
--- is out of memory. Keys and their types: _balances.lua.
--- Returns {'settled'} | {'late'} (was unconfirmed, posted at its bound, or voided) | {'duplicate'} |
---         {'opened'} (the entry or the call was not known: posted as its own)
+-- is out of memory. `key`, `user` and `day` (0 = today) are charged when no entry is known, `tokens` put the rate limits
+-- right. Keys and their types: _balances.lua.
+-- Returns {'settled' | 'overrun' (more than was held) | 'late' (was unconfirmed, posted at its bound, or voided) |
+--          'opened' (the entry or the call was not known: posted as its own) | 'duplicate', id of the journal's line}
 local number, cost, estimated = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
+local key, user, day, tokens = ARGV[8], ARGV[9], tonumber(ARGV[10]), tonumber(ARGV[11])
 
 local status = 'settled'
 local entry = load()
 if not entry then
-  entry, status = {'D', 0, 0, 0, today, 0}, 'opened'
+  entry, status = {'D', 0, 0, 0, day > 0 and day or today, 0, key, user, -1}, 'opened'
 end
-
-local call
-for i = CALLS + 1, #entry do
-  if entry[i][NUMBER] == number then call = entry[i] end
-end
-if not call then
-  call = {number, 'N', 0, 0, 0, '', 0, 0}
-  if entry[STATE] == 'R' then -- its dispatch was lost: the reservation was held for this call
-    call[CALL_STATE], call[CALL_AMOUNT], call[HOLDER_DELIVERY] = 'D', entry[AMOUNT], entry[DELIVERY]
-  elseif status == 'settled' then
-    status = entry[STATE] == 'V' and 'late' or 'opened'
-  end
-  entry[#entry + 1] = call
-end
-
-local state, held = call[CALL_STATE], call[CALL_AMOUNT]
-if state == 'S' then return {'duplicate'} end
-if state == 'U' or state == 'B' then status = 'late' end
-move(entry[DAY], state == 'B' and cost - held or cost, state == 'D' and -held or 0, state == 'U' and -held or 0)
-entry[STATE], call[CALL_STATE], call[COST], call[ESTIMATED], call[DUE] = 'D', 'S', cost, estimated, 0
-save(rid, entry, true)
-return {status}
+if entry[KEY] == '' then entry[KEY], entry[USER] = key, user end -- voided before it was ever reserved
+local call = call_of(entry, number)
+if not (call and call[CALL_STATE] == 'S') then give_back(entry, tokens) end
+return post(entry, status, number, cost, estimated, false)

@@ -1,6 +1,6 @@
 #!lua
 -- topup(args=[rid, grace, tombstone, unconfirmed, call, delivery, instance, amount, max_calls, not_after],
---       keys=[balances, entries, leases])
+--       keys=[balances, entries, leases, journal, rates])
 --
 -- The holder of the newest call opens call number `call`, the next one, with its own amount. Keys: _balances.lua.
 -- Its last call should be settled; when it is still open its settle got no answer, and it becomes UNCONFIRMED.
@@ -26,7 +26,7 @@ if last[NUMBER] ~= number - 1 or not (opened or last[CALL_STATE] == 'S') then
   return {'closed', last[INSTANCE], last[HOLDER_DELIVERY]} -- declared lost, lapsed, or already settled
 end
 
-if opened then doubt(entry, last) end
+if opened then doubt(rid, entry, last) end
 local answer = open(entry, number, amount, instance, delivery, max_calls)
 if opened or answer[1] == 'won' then save(rid, entry, true) end
 return answer

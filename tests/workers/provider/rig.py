@@ -227,7 +227,7 @@ class Rig:
             clock = self.ctx.state.clock
             found = await self.ctx.state.ledger.reserve(
                 tenant=request.tenant, rid=request.rid, delivery=1, amount=admission.amount,
-                deadline=request.deadline or clock.now() + 30_000, not_after=clock.now() + 1000,
+                deadline=request.deadline or clock.now() + 30_000, not_after=clock.now() + 1000, key=request.key,
             )  # fmt: skip
             assert found.status == "ok"
         await asyncio.sleep(wait_s)

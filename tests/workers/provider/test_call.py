@@ -11,7 +11,7 @@ import pytest
 from msgspec.structs import replace
 
 from shared.core.stream import WINDOW
-from shared.state.base import Dispatched, StateUnavailable
+from shared.state.base import Dispatched, Settled, StateUnavailable
 from shared.wire import headers
 from shared.wire.errors import LedgerDown
 from shared.wire.messages import VERSION, Accepted, Admission, Call, Delta, Plan, Price, Refused, Step
@@ -399,7 +399,13 @@ async def test_the_lost_workers_call_took_the_budget(valkey_url: str) -> None:
         used = {level.period: level.settled + level.pending + level.unconfirmed for level in await balances()}
         await ledger.set_limit(tenant="default", period="lifetime", limit=used["lifetime"] + 1_500_000)
         await ledger.reserve(
-            tenant="default", rid=rid, delivery=1, amount=1_000_000, deadline=now + 9000, not_after=now + 900
+            tenant="default",
+            rid=rid,
+            delivery=1,
+            amount=1_000_000,
+            deadline=now + 9000,
+            not_after=now + 900,
+            key="k",
         )
         won = await ledger.dispatch(
             tenant="default", rid=rid, delivery=1, instance="gone", lost="", amount=1_000_000, max_calls=3,
@@ -519,7 +525,7 @@ async def test_a_settlement_that_redis_does_not_take_is_said_and_made_later(
         ledger, real = rig.ctx.state.ledger, rig.ctx.state.ledger.settle
         failing = [True]
 
-        async def settle(**fields: Any) -> str:
+        async def settle(**fields: Any) -> Settled:
             if failing.pop() if failing else False:
                 raise StateUnavailable("away")
             return await real(**fields)
@@ -777,7 +783,7 @@ async def test_drain_waits_for_money_that_redis_does_not_take_yet(
     async with running(valkey_url) as rig:
         ledger, real, failing = rig.ctx.state.ledger, rig.ctx.state.ledger.settle, [True, True]
 
-        async def settle(**fields: Any) -> str:
+        async def settle(**fields: Any) -> Settled:
             if failing:
                 failing.pop()
                 raise StateUnavailable("away")
