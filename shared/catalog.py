@@ -1,8 +1,8 @@
 """The catalogue: which endpoints exist, which models clients may ask for, what they cost; read or refused as a whole.
 
 A fault is told with the path of the field (`models[2].price.output: ...`). Prices are decimal strings in USD per
-million tokens, kept as integer nano-USD per million; a model without a price is looked up in genai-prices and refused
-as `unpriced_model` when that does not know it either (D20). Model names are looked up exactly (D6).
+million tokens, of a model or of it at one endpoint; a model without a price is looked up in genai-prices and refused
+as `unpriced_model` when that does not know it either (D20, prices.py). Model names are looked up exactly (D6).
 """
 
 import re
@@ -15,11 +15,12 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta, Struct
 
-from shared.core import money, tokens
+from shared import prices
+from shared.core import pricing, tokens
+from shared.prices import Priced, PriceError, PriceRow
 from shared.wire.messages import Price, Step
 
 MAX_NAME: Final = 256  # bytes of a model name (D6)
-MAX_PRICE: Final = 10_000 * money.NANO  # nano-USD per million tokens; keeps every reservation below money.MAX_NANO
 _MAX_FILE: Final = 4_194_304  # bytes; a catalogue is a few KiB
 _MAX_KEY_FILE: Final = 16_384  # bytes
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -58,12 +59,18 @@ class Endpoint(Struct, frozen=True, kw_only=True):
 
 
 class Model(Struct, frozen=True, kw_only=True):
-    """What clients may ask for: `steps` in the operator's order, usable endpoints only."""
+    """What clients may ask for: `steps` in the operator's order, usable endpoints only.
+
+    `price` is the dearest of them, part by part: what a request is reserved at (D1). `prices`: what a step costs where
+    that is less, under pricing.key_of or the endpoint's id (pricing.price_of reads it); `priced` goes with `steps`.
+    """
 
     name: str
     steps: tuple[Step, ...]
     max_output_tokens: int
     price: Price
+    prices: dict[str, Price]
+    priced: tuple[Priced, ...]
     encoding: tokens.Encoding
     owned_by: str
     hidden_reasoning: bool  # bills output that it does not show: a cut call is charged for the time it ran
@@ -92,19 +99,14 @@ class _EndpointRow(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 class _StepRow(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     endpoint: str
     model: str
-
-
-class _PriceRow(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    input: str
-    output: str
-    cached_input: str | None = None
+    price: PriceRow | str | None = None  # what it costs there; else the model's, else genai-prices'
 
 
 class _ModelRow(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     name: str
     endpoints: Annotated[tuple[_StepRow, ...], Meta(min_length=1, max_length=16)]
     max_output_tokens: Annotated[int, Meta(ge=1, le=1_000_000)]
-    price: _PriceRow | str | None = None
+    price: PriceRow | str | None = None
     encoding: tokens.Encoding | None = None
     hidden_reasoning: bool | None = None
     owned_by: Annotated[str, Meta(min_length=1, max_length=64)] | None = None
@@ -191,14 +193,15 @@ def _model_faults(file: _File) -> Iterator[str]:
             yield f"{at}.name: {row.name!r} is there already"
         seen.add(row.name)
         yield from _name_fault(f"{at}.name", row.name)
-        steps: set[_StepRow] = set()
+        steps: set[Step] = set()
         for number, step in enumerate(row.endpoints):
             yield from _name_fault(f"{at}.endpoints[{number}].model", step.model)
             if step.endpoint not in known:
                 yield f"{at}.endpoints[{number}].endpoint: no endpoint has the id {step.endpoint!r}"
-            if step in steps:
+            pair = Step(step.endpoint, step.model)
+            if pair in steps:
                 yield f"{at}.endpoints[{number}]: the same endpoint and model are there already"
-            steps.add(step)
+            steps.add(pair)
 
 
 def _name_fault(at: str, name: str) -> Iterator[str]:
@@ -258,23 +261,42 @@ def _models(file: _File, endpoints: Mapping[str, Endpoint], errors: list[str]) -
     rows = {row.id: row for row in file.endpoints}
     models = {}
     for index, row in enumerate(file.models):
-        try:
-            price = _price(row, rows)
-        except CatalogError as exc:
-            errors.extend(f"models[{index}].price{line}" for line in exc.errors)
+        wrong, found = _priced(row, rows)
+        if wrong:
+            errors.extend(f"models[{index}]{line}" for line in wrong)
             continue
-        steps = tuple(Step(step.endpoint, step.model) for step in row.endpoints if step.endpoint in endpoints)
-        if steps:
+        usable = [
+            (Step(step.endpoint, step.model), priced)
+            for step, priced in zip(row.endpoints, found, strict=True)
+            if step.endpoint in endpoints
+        ]
+        if usable:
+            steps = tuple(step for step, _ in usable)
+            price = pricing.dearest(priced.price for _, priced in usable)
             models[row.name] = Model(
                 name=row.name,
                 steps=steps,
                 max_output_tokens=row.max_output_tokens,
                 price=price,
+                prices=_own_prices(price, usable),
+                priced=tuple(priced for _, priced in usable),
                 encoding=row.encoding or tokens.encoding_for(steps[0].model),
                 owned_by=row.owned_by or endpoints[steps[0].endpoint].provider,
                 hidden_reasoning=_hides(row, steps),
             )
     return models
+
+
+def _own_prices(price: Price, usable: list[tuple[Step, Priced]]) -> dict[str, Price]:
+    """The prices of the steps where they differ from `price`."""
+    at: dict[str, set[Price]] = {}
+    for step, priced in usable:
+        at.setdefault(step.endpoint, set()).add(priced.price)
+    return {
+        step.endpoint if len(at[step.endpoint]) == 1 else pricing.key_of(step): priced.price
+        for step, priced in usable
+        if priced.price != price
+    }
 
 
 def _hides(row: _ModelRow, steps: tuple[Step, ...]) -> bool:
@@ -284,58 +306,18 @@ def _hides(row: _ModelRow, steps: tuple[Step, ...]) -> bool:
     return any(tokens.hides_reasoning(step.model) for step in steps)
 
 
-def _price(row: _ModelRow, rows: Mapping[str, _EndpointRow]) -> Price:
-    """Raises CatalogError with lines that continue `models[i].price`."""
-    if isinstance(row.price, str):
-        if row.price != "free":
-            raise CatalogError([': expected "free" or a table { input, cached_input, output }'])
-        return Price(0, 0, 0)
-    if row.price is None:
-        found = [_known_price(step.model, rows[step.endpoint].base_url) for step in row.endpoints]
-        # The dearest endpoint the request may reach (D1).
-        return Price(*(max(price[part] for price in found) for part in range(3)))
-    errors: list[str] = []
-
-    def read(field: str, text: str) -> int:
+def _priced(row: _ModelRow, rows: Mapping[str, _EndpointRow]) -> tuple[list[str], list[Priced]]:
+    """What each step costs; the faults continue `models[i]`."""
+    wrong: dict[str, None] = {}  # a fault of the model's own price is told once, not for every step
+    found = []
+    for number, step in enumerate(row.endpoints):
+        at = ".price" if step.price is None else f".endpoints[{number}].price"
+        given = row.price if step.price is None else step.price
         try:
-            nano = money.usd_to_nano(text)
-        except ValueError as exc:
-            errors.append(f".{field}: {exc}")
-            return 0
-        if nano > MAX_PRICE:
-            errors.append(f".{field}: above {money.show_usd(MAX_PRICE)} per million tokens")
-        return nano
-
-    given = row.price
-    price_in, price_out = read("input", given.input), read("output", given.output)
-    cached = price_in if given.cached_input is None else read("cached_input", given.cached_input)
-    if errors:
-        raise CatalogError(errors)
-    return Price(price_in, cached, price_out)
-
-
-def _known_price(model: str, base_url: str) -> tuple[int, int, int]:
-    """Nano-USD per million (input, cached input, output) from genai-prices. Raises CatalogError `unpriced_model`.
-
-    A price that depends on more than the model (tiers by prompt length) is not known here: the operator must give one.
-    """
-    import genai_prices  # noqa: PLC0415 - 0.26 s to import, and a catalogue with prices never needs it
-
-    try:
-        found = genai_prices.calc_price(genai_prices.Usage(), model, provider_api_url=base_url).model_price
-    except LookupError as exc:
-        raise _unpriced(model) from exc
-    parts = [getattr(found, name, None) for name in ("input_mtok", "cache_read_mtok", "output_mtok")]
-    parts[1] = parts[0] if parts[1] is None else parts[1]
-    try:
-        price_in, cached, price_out = (money.usd_to_nano(f"{part:f}") for part in parts)
-    except (TypeError, ValueError) as exc:
-        raise _unpriced(model) from exc
-    return price_in, cached, price_out
-
-
-def _unpriced(model: str) -> CatalogError:
-    wanted = 'give price = { input = "...", output = "..." } in USD per million tokens, or price = "free"'
-    return CatalogError(
-        [f": unpriced_model: genai-prices has no single price for {model!r} at this endpoint; {wanted}"]
-    )
+            if given is None:
+                found.append(prices.known(step.model, rows[step.endpoint].base_url))
+            else:
+                found.append(prices.of_row(given, step.model))
+        except PriceError as exc:
+            wrong.update((at + line, None) for line in exc.lines)
+    return list(wrong), found

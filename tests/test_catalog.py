@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from shared import catalog
+from shared import catalog, prices
 from shared.catalog import CatalogError
 from shared.wire.messages import Price, Step
 
@@ -213,6 +213,83 @@ def test_shipped_prices_are_genai_prices_own():
     """What we ship was copied; a copy can drift."""
     got = catalog.load(SHIPPED, {"OPENAI_API_KEY": "sk"})
     for model in got.models.values():
-        assert model.price == Price(*catalog._known_price(model.steps[0].model, "https://api.openai.com/v1")), (
-            model.name
-        )
+        assert model.price == prices.known(model.steps[0].model, "https://api.openai.com/v1").price, model.name
+
+
+# ---- prices by endpoint ----------------------------------------------------------------------------------------------
+
+TWO = ENDPOINT + ENDPOINT.replace('"main"', '"other"').replace("api.openai.com", "api.example.com")
+
+
+def model_of(steps: str, price: str = PRICE) -> catalog.Model:
+    """One model over these steps."""
+    text = f'[[models]]\nname = "m"\nendpoints = [{steps}]\nmax_output_tokens = 100\n'
+    return parse(TWO + text + price).models["m"]
+
+
+def test_an_endpoint_may_have_its_own_price():
+    """I1: reserved at the dearest, settled at its own."""
+    own = 'price = { input = "0.10", output = "0.90" }'
+    got = model_of(f'{{ endpoint = "main", model = "a" }}, {{ endpoint = "other", model = "a", {own} }}')
+    assert got.price == Price(150_000_000, 100_000_000, 900_000_000)
+    assert got.prices == {
+        "main": Price(150_000_000, 75_000_000, 600_000_000),
+        "other": Price(100_000_000, 100_000_000, 900_000_000),
+    }
+    free = model_of('{ endpoint = "main", model = "a" }, { endpoint = "other", model = "a", price = "free" }')
+    assert (free.price.output, free.prices) == (600_000_000, {"other": Price(0, 0, 0)})
+    assert model_of('{ endpoint = "main", model = "a" }, { endpoint = "other", model = "a" }').prices == {}
+
+
+def test_one_endpoint_with_two_models_has_two_prices():
+    """I1: from genai-prices as well; the dearer one is the model's own and needs no entry."""
+    got = model_of('{ endpoint = "main", model = "gpt-4o" }, { endpoint = "main", model = "gpt-4o-mini" }', "")
+    assert got.prices == {"main gpt-4o-mini": Price(150_000_000, 75_000_000, 600_000_000)}
+    assert [priced.price.output for priced in got.priced] == [10 * 10**9, 600_000_000]
+
+
+def test_an_endpoint_without_its_key_reserves_nothing():
+    """D1: the dearest the request may *reach*."""
+    dear = TWO.replace('id = "other"', 'id = "other"\napi_key_env = "KEY"')
+    text = (
+        '[[models]]\nname = "m"\nendpoints = [{ endpoint = "main", model = "a" }, '
+        '{ endpoint = "other", model = "a", price = { input = "9", output = "9" } }]\nmax_output_tokens = 100\n'
+    )
+    assert parse(dear + text + PRICE).models["m"].price.input == 150_000_000
+    assert parse(dear + text + PRICE, KEY="sk").models["m"].price.input == 9 * 10**9
+
+
+def test_every_part_has_its_source():
+    """Catalogue, genai-prices, or the rule by which a part that neither gives was settled at load."""
+    row = 'price = { input = "2", output = "8", cached_input = "1", audio_input = "40" }\n'
+    one = model_of('{ endpoint = "main", model = "anthropic/claude-x" }', row).priced[0]
+    assert one.price == Price(2 * 10**9, 10**9, 8 * 10**9, 25 * 10**8, 4 * 10**9, 40 * 10**9, 8 * 10**9)
+    assert one.sources == (
+        "catalogue", "catalogue", "catalogue", "input x 1.25", "input x 2", "catalogue", "as output",
+    )  # fmt: skip
+    audio = model_of('{ endpoint = "main", model = "gpt-audio" }', "").priced[0]
+    assert (audio.price.audio_input, audio.price.audio_output) == (32 * 10**9, 64 * 10**9)
+    assert audio.sources == (
+        "genai-prices", "as input", "genai-prices", "as input", "as input", "genai-prices", "genai-prices",
+    )  # fmt: skip
+
+
+def test_anthropics_cache_writes_come_from_genai_prices():
+    """Read and 5-minute writes as listed; an hour, not listed there, by Anthropic's rule."""
+    got = prices.known("anthropic/claude-sonnet-4", "https://openrouter.ai/api/v1").price
+    assert (got.cached_input, got.cache_write_5m, got.cache_write_1h) == (300_000_000, 3_750_000_000, 6 * 10**9)
+
+
+@pytest.mark.parametrize("model", ["gpt-image-1", "gpt-5.6-luna", "claude-sonnet-4-5", "whisper-1", "moderation"])
+def test_what_is_priced_by_more_than_its_tokens_is_refused(model):
+    """D20: tiers by length, images dearer than text, hours."""
+    url = "https://api.anthropic.com" if model.startswith("claude") else "https://api.openai.com/v1"
+    with pytest.raises(prices.PriceError, match="unpriced_model"):
+        prices.known(model, url)
+
+
+@pytest.mark.parametrize("given", ['price = "cheap"', 'price = { input = "x", output = "1" }', "price = 5"])
+def test_a_wrong_step_price_is_told_with_its_path(given):
+    steps = f'{{ endpoint = "main", model = "a", {given} }}'
+    line = faults(ENDPOINT + MODEL.replace('{ endpoint = "main", model = "gpt-4o-mini" }', steps) + PRICE)[0]
+    assert line.startswith("models[0].endpoints[0].price")

@@ -16,6 +16,7 @@ from typing import Final, Literal
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import force_setattr
 
 VERSION: Final = 1
 
@@ -25,11 +26,29 @@ UNREADABLE: Final = (ValueError, RecursionError)
 
 
 class Price(Struct, frozen=True, array_like=True):
-    """What a model costs, in nano-USD per **million** tokens (so that $0.0375 per million stays an integer)."""
+    """What a model costs, in nano-USD per **million** tokens (so that $0.0375 per million stays an integer).
+
+    The last four, when not given (-1, or left out by a build that knows three parts), are what the other parts cost:
+    a cache write and audio read are input, audio made is output. So every Price that exists has all its parts.
+    """
 
     input: int
     cached_input: int
     output: int
+    cache_write_5m: int = -1
+    cache_write_1h: int = -1
+    audio_input: int = -1
+    audio_output: int = -1
+
+    def __post_init__(self) -> None:
+        for part, instead in (
+            ("cache_write_5m", self.input),
+            ("cache_write_1h", self.input),
+            ("audio_input", self.input),
+            ("audio_output", self.output),
+        ):
+            if getattr(self, part) < 0:
+                force_setattr(self, part, instead)
 
 
 class Hop(Struct, frozen=True, array_like=True):
@@ -99,7 +118,7 @@ class Admission(Struct, frozen=True, kw_only=True, omit_defaults=True):
     hard: bool = False  # a level has a hard limit: money fails closed (D4)
     input_estimate: int = 0  # S2-09's, in tokens: what the output ratio is learned against
     extra: dict[str, str] = {}  # further headers of the answer: x-ratelimit-*, X-BR-Max-Tokens-Clamped
-    prices: dict[str, Price] = {}  # endpoint id -> its price, where it is not `price`, the dearest
+    prices: dict[str, Price] = {}  # endpoint id -> its price, where it is not `price` (pricing.price_of)
 
 
 class Step(Struct, frozen=True, array_like=True):

@@ -6,7 +6,7 @@ import msgspec
 import orjson
 import pytest
 
-from shared.core.translators import failures, registry, usage
+from shared.core.translators import failures, registry
 from shared.core.translators.base import UpstreamFailure, Usage
 from shared.core.translators.openai import MAX_HELD
 from shared.core.translators.texts import MAX_TEXT, Texts
@@ -213,35 +213,6 @@ def test_text_kept_for_counting_is_bounded() -> None:
         call.feed(chunk("x" * (MAX_TEXT // 32)))
     assert sum(len(text) for text, _ in call.texts()) <= MAX_TEXT + MAX_TEXT // 32
     assert sum(len(text) for text, _ in call.texts()) + call.uncounted() == 40 * (MAX_TEXT // 32)
-
-
-# ---- usage -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("raw", "expected"),
-    [
-        ({"prompt_tokens": 3, "completion_tokens": 0}, Usage(3, 0, 0)),
-        ({"prompt_tokens": 3.0, "completion_tokens": 1}, Usage(3, 0, 1)),
-        ({"prompt_tokens": 3, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": 9}}, Usage(3, 3, 1)),
-        ({"prompt_tokens": 3, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": "9"}}, Usage(3, 0, 1)),
-        ({"prompt_tokens": 3, "completion_tokens": 1, "prompt_tokens_details": None}, Usage(3, 0, 1)),
-        (None, None), ([], None), ("x", None), ({}, None),
-        ({"prompt_tokens": 0, "completion_tokens": 0}, None),
-        ({"prompt_tokens": 3}, None),
-        ({"prompt_tokens": -3, "completion_tokens": 1}, None),
-        ({"prompt_tokens": 3, "completion_tokens": -1}, None),
-        ({"prompt_tokens": "3", "completion_tokens": "many"}, None),
-        ({"prompt_tokens": True, "completion_tokens": 1}, None),
-        ({"prompt_tokens": 1e30, "completion_tokens": 1}, None),
-        ({"prompt_tokens": 3, "completion_tokens": 10**15}, None),
-        ({"prompt_tokens": 3, "completion_tokens": 1.5}, None),
-        ({"prompt_tokens": float("nan"), "completion_tokens": 1}, None),
-    ],
-)  # fmt: skip
-def test_usage_that_cannot_be_believed_is_none(raw: object, expected: Usage | None) -> None:
-    """Faults 77, 138."""
-    assert usage.read(raw) == expected
 
 
 # ---- whole answers ---------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ RECORDED = Path(__file__).parent.parent / "recorded"
 
 #: file -> (n, text of choice 0 and what else was generated, usage, error code)
 EXPECTED: dict[str, tuple[int, list[str], Usage | None, str]] = {
-    "openai-text": (1, ["Hello, Zürich 👋\r\ndata: [DONE]\r\n"], Usage(19, 4, 10), ""),
+    "openai-text": (1, ["Hello, Zürich 👋\r\ndata: [DONE]\r\n"], Usage(15, 4, 10), ""),
     "openai-tools": (1, ["get_weather", '{"city":"Paris"}', "get_time", "{}"], Usage(82, 0, 31), ""),
     "openai-two-choices": (2, ["Yes", "No  no"], Usage(9, 0, 4), ""),
     "azure-filter": (1, ["Color"], None, ""),

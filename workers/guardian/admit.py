@@ -219,10 +219,10 @@ class Guardian:
         if deadline != ask.deadline:
             ask = msgspec.structs.replace(ask, deadline=deadline)
         try:
-            admission = assess(ask, model, self._floor)
+            admission = assess(ask, model, self._floor, ctx.catalog.epoch)
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as exc:
             ctx.log.warning("tokens could not be counted", extra={"rid": ask.rid, "error": repr(exc)[:200]})
-            admission = assess_blind(ask, model, self._floor)
+            admission = assess_blind(ask, model, self._floor, ctx.catalog.epoch)
         return _Pending(ask=ask, admission=admission, limited=principal.limited, at=at)
 
     # ---- reserving ---------------------------------------------------------------------------------------------------
@@ -288,6 +288,9 @@ class Guardian:
             price=was.price,
             status=status,
             overhead_us=took,
+            epoch=was.epoch,
+            prices=was.prices,
+            input_estimate=was.input_estimate,
         )
         return admission, Hop(self.name, self._ctx.instance, self._ctx.pid, pending.at, took)
 

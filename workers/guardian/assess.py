@@ -2,33 +2,37 @@
 
 from shared.catalog import Model
 from shared.core import pricing, tokens
+from shared.core.translators.base import Usage
 from shared.wire.messages import Admission, Ask
 
 
-def assess(ask: Ask, model: Model, floor: int) -> Admission:
-    """An Admission not yet reserved; `floor` is the least amount in nano-USD (S0-16)."""
+def assess(ask: Ask, model: Model, floor: int, epoch: int = 0) -> Admission:
+    """An Admission not yet reserved; `floor` is the least amount in nano-USD (S0-16), `epoch` the catalogue's."""
     image = max(tokens.image_tokens(step.model) for step in model.steps)
-    return _admission(ask, model, floor, tokens.size_prompt(ask.body, model.encoding, image), "on")
+    return _admission(ask, model, floor, tokens.size_prompt(ask.body, model.encoding, image), "on", epoch)
 
 
-def assess_blind(ask: Ask, model: Model, floor: int) -> Admission:
+def assess_blind(ask: Ask, model: Model, floor: int, epoch: int = 0) -> Admission:
     """The same without the tokenizer: no token is shorter than a byte, and the estimate counts characters anyway.
 
     Used when counting fails: advice fails open, marked `degraded` (D4).
     """
     size = tokens.PromptSize(bound=len(ask.body), estimate=tokens.estimate_prompt(len(ask.body)))
-    return _admission(ask, model, floor, size, "degraded")
+    return _admission(ask, model, floor, size, "degraded", epoch)
 
 
-def _admission(ask: Ask, model: Model, floor: int, size: tokens.PromptSize, status: str) -> Admission:
+def _admission(ask: Ask, model: Model, floor: int, size: tokens.PromptSize, status: str, epoch: int) -> Admission:
     cap = min(ask.max_output or model.max_output_tokens, model.max_output_tokens)
     likely = min(size.estimate, cap)  # the default output ratio of 1.0 (S2-10); learned per tenant later
     return Admission(
         reserved=False,
         amount=pricing.upper_bound(model.price, size.bound, ask.n * cap, floor),
-        estimate=pricing.cost(model.price, input_tokens=size.estimate, cached_tokens=0, output_tokens=likely * ask.n),
+        estimate=pricing.cost(model.price, Usage(uncached=size.estimate, text_output=likely * ask.n)),
         input_tokens=size.bound,
         output_cap=cap,
         price=model.price,
         status=status,
+        epoch=epoch,
+        prices=model.prices,
+        input_estimate=size.estimate,
     )

@@ -30,7 +30,7 @@ class Posting:
         ask, admission = message.ask, message.admission
         post = Settle(
             ask.tenant, ask.rid, call, paid.cost, paid.estimated, ask.key, admission.user, admission.day,
-            paid.input_tokens + paid.output_tokens,
+            paid.usage.input_tokens + paid.usage.output_tokens,
         )  # fmt: skip
         if admission.reserved and paid.cost > held:
             self._overrun(ask.rid, call, paid.cost, held)

@@ -1,6 +1,7 @@
 """What a call is charged: by the provider's usage when it ended well, else at no less than its bill (I1). Pure.
 
-    ended well, usable usage                     exactly that
+    ended well, usable usage                     exactly that, at the price of the endpoint that served it (marked
+                                                 `estimated` when its parts contradicted one another)
     a drain brought the usage (it finished)      exactly that
     ended well without usable usage              counted: prompt by the published formula, output over the text
     nothing sent, or refused with a status       0
@@ -23,7 +24,8 @@ from msgspec import Struct
 
 from shared.core import money, pricing, tokens
 from shared.core.head import guardian_head
-from shared.core.translators.base import Translator
+from shared.core.translators.base import Translator, Usage
+from shared.core.translators.usage import keep
 from shared.wire import headers
 from shared.wire.messages import Admission, Ask, Step
 from workers.provider.ended import Ended
@@ -36,30 +38,32 @@ _json: Final = msgspec.json.Encoder().encode
 
 
 class Charge(Struct, frozen=True):
-    """What one call is settled at, nano-USD, and the tokens behind it."""
+    """What one call is settled at, nano-USD, and what is behind it; `raw` is the provider's own usage, as JSON."""
 
     cost: int
-    input_tokens: int = 0
-    cached_tokens: int = 0
-    output_tokens: int = 0
+    usage: Usage = Usage()
     estimated: bool = False
+    raw: bytes = b""
 
 
 FREE: Final = Charge(0)
 
 
 def charge(
-    ask: Ask, admission: Admission, translator: Translator, ended: Ended, encoding: tokens.Encoding, hidden: int = 0
-) -> Charge:
+    ask: Ask, admission: Admission, step: Step, translator: Translator, ended: Ended, encoding: tokens.Encoding,
+    hidden: int = 0,
+) -> Charge:  # fmt: skip
     """See the table above. `hidden`: tokens a choice may have been billed for and not shown (reasoning)."""
     if not ended.billed:
         return FREE
+    price, raw = pricing.price_of(admission, step), keep(translator.usage_sent)
     usage = translator.usage
-    if usage is not None and translator.finished and (usage.completion or not translator.texts()):
-        return _charge(admission, usage.prompt, usage.cached, usage.completion, estimated=False)
+    if usage is not None and translator.finished and (usage.output_tokens or not translator.texts()):
+        return Charge(pricing.cost(price, usage), usage, usage.doubtful, raw)
     shown = _output(ask, admission, translator, ended, encoding)
     output = max(shown, min(shown + hidden * ask.n, admission.output_cap * ask.n))
-    return _charge(admission, tokens.count_prompt(ask.body, encoding), 0, output, estimated=True)
+    counted = Usage(uncached=tokens.count_prompt(ask.body, encoding), text_output=output)
+    return Charge(pricing.cost(price, counted), counted, estimated=True, raw=raw)
 
 
 def _output(ask: Ask, admission: Admission, translator: Translator, ended: Ended, encoding: tokens.Encoding) -> int:
@@ -74,11 +78,6 @@ def _output(ask: Ask, admission: Admission, translator: Translator, ended: Ended
     if not ended.complete and not translator.finished:
         return max(counted, min(counted + ALLOWANCE * ask.n, cap))
     return counted
-
-
-def _charge(admission: Admission, prompt: int, cached: int, output: int, *, estimated: bool) -> Charge:
-    cost = pricing.cost(admission.price, input_tokens=prompt, cached_tokens=cached, output_tokens=output)
-    return Charge(cost, prompt, cached, output, estimated)
 
 
 def head(admission: Admission, step: Step | None, call: int, actual: int | None = None) -> dict[str, str]:
@@ -124,7 +123,7 @@ def payload(ask: Ask, admission: Admission, step: Step, call: int, paid: Charge)
             step.endpoint,
             step.model,
             call,
-            _Tokens(paid.input_tokens, paid.cached_tokens, paid.output_tokens),
+            _Tokens(paid.usage.input_tokens, paid.usage.cache_read, paid.usage.output_tokens),
             paid.estimated,
         )
     )

@@ -233,7 +233,7 @@ class Walk:
         encoding = model.encoding if model is not None else tokens.encoding_for(target.step.model)
         hides = model.hidden_reasoning if model is not None else tokens.hides_reasoning(target.step.model)
         hidden = int((time.perf_counter() - self._left_at) * tokens.HIDDEN_PER_S) + 1 if hides else 0
-        args = (message.ask, message.admission, translator, ended, encoding, hidden)
+        args = (message.ask, message.admission, target.step, translator, ended, encoding, hidden)
         if ended.billed and not (translator.usage is not None and translator.finished):  # it will have to count
             size = len(message.ask.body) + sum(len(text) for text, _ in translator.texts())
             if size > COUNT_INLINE:
@@ -294,9 +294,9 @@ class Walk:
             endpoint=step.endpoint,
             model=step.model,
             cost=paid.cost,
-            input_tokens=paid.input_tokens,
-            output_tokens=paid.output_tokens,
-            cached_tokens=paid.cached_tokens,
+            input_tokens=paid.usage.input_tokens,
+            output_tokens=paid.usage.output_tokens,
+            cached_tokens=paid.usage.cache_read,
             estimated=paid.estimated,
             settled=settled,
             payload=x_br if ask.done != "inline" else b"",

@@ -13,7 +13,7 @@ Nothing here knows sockets, clocks or money.
 """
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from msgspec import Struct
 
@@ -23,14 +23,32 @@ Headers = tuple[tuple[str, str], ...]
 
 
 class Usage(Struct, frozen=True):
-    """The canonical record of what a call used, in tokens. `cached` is part of `prompt`; reasoning of `completion`.
+    """The canonical record of what one call used, in tokens; each is in exactly one part, and so is priced once.
 
-    Cache writes and audio get fields of their own when a dialect that bills them separately comes.
+    `reasoning` alone is told beside: it is in `text_output` already. OpenAI counts cached, written and audio tokens
+    inside its prompt and completion; Anthropic's `input_tokens` is `uncached` as it stands. `doubtful`: the parts
+    contradicted one another or could not be read; their sum is right, their split is our guess.
     """
 
-    prompt: int
-    cached: int
-    completion: int
+    uncached: int = 0  # text and images read as input, from no cache and into none
+    cache_read: int = 0
+    text_output: int = 0
+    cache_write_5m: int = 0
+    cache_write_1h: int = 0
+    audio_input: int = 0
+    audio_output: int = 0
+    reasoning: int = 0  # part of text_output
+    doubtful: bool = False
+
+    @property
+    def input_tokens(self) -> int:
+        """All of the prompt."""
+        return self.uncached + self.cache_read + self.cache_write_5m + self.cache_write_1h + self.audio_input
+
+    @property
+    def output_tokens(self) -> int:
+        """All that was generated, reasoning included."""
+        return self.text_output + self.audio_output
 
 
 class Request(Struct, frozen=True):
@@ -73,6 +91,8 @@ class Translator(Protocol):
     done: bool
     #: As the provider billed it; None when absent or not to be believed.
     usage: Usage | None
+    #: What the provider sent as its usage, believed or not; None when nothing came.
+    usage_sent: Any
 
     def request(self, ask: Ask, step: Step, cap: int, cap_field: str) -> Request:
         """The client's body with the model's name there and the output cap; nothing else changed. Raises nothing: the

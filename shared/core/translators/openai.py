@@ -88,7 +88,7 @@ class OpenAITranslator:
 
     __slots__ = (
         "_asked_usage", "_choices", "_finished", "_held", "_held_size", "_open", "_secrets", "_texts", "done",
-        "finished", "started", "usage",
+        "finished", "started", "usage", "usage_sent",
     )  # fmt: skip
 
     def __init__(self, ask: Ask, secrets: tuple[str, ...]) -> None:
@@ -96,6 +96,7 @@ class OpenAITranslator:
         self.finished = False
         self.done = False
         self.usage: Usage | None = None
+        self.usage_sent: Any = None
         self._secrets = secrets
         self._asked_usage = ask.include_usage
         self._choices = ask.n
@@ -192,6 +193,7 @@ class OpenAITranslator:
         except ValueError as exc:  # NotJson and UnicodeDecodeError
             raise UpstreamInvalid from exc
         if chunk.usage is not None:
+            self.usage_sent = chunk.usage
             self.usage = usage.read(chunk.usage) or self.usage
             if not chunk.choices:
                 return self._pass(event) if self._asked_usage else b""
@@ -288,6 +290,7 @@ class OpenAITranslator:
         choices = answer.choices
         if not choices or not all(isinstance(choice.get("message"), dict) for choice in choices):
             raise UpstreamInvalid
+        self.usage_sent = answer.usage
         self.usage = usage.read(answer.usage)
         for number, choice in enumerate(choices[:MAX_PIECES]):
             self._take(number, msgspec.convert(_known(choice["message"]), _Delta))

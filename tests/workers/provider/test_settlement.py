@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import msgspec
 import orjson
 import pytest
 
 from shared.core import tokens
+from shared.core.translators.base import Usage
 from shared.core.translators.openai import OpenAITranslator
 from shared.wire.errors import UpstreamTruncated
 from shared.wire.messages import Admission, Price, Step
@@ -22,6 +24,7 @@ ADMISSION = Admission(
     output_cap=100,
     price=Price(10**9, 10**9 // 2, 2 * 10**9),
 )
+STEP = Step("main", "real")
 REQUEST = ask(orjson.dumps({"model": "m", "messages": [{"role": "user", "content": "hello"}]}))
 PROMPT = tokens.count_prompt(REQUEST.body, "o200k")
 ERROR = UpstreamTruncated().body()
@@ -68,27 +71,26 @@ GOOD = '{"prompt_tokens":50,"completion_tokens":7,"prompt_tokens_details":{"cach
 )
 def test_the_table(call: OpenAITranslator, ended: dict[str, Any], expected: tuple[int, int, int, bool]) -> None:
     prompt, cached, output, estimated = expected
-    found = settlement.charge(REQUEST, ADMISSION, call, Ended(**{"billed": True, **ended}), "o200k")
+    found = settlement.charge(REQUEST, ADMISSION, STEP, call, Ended(**{"billed": True, **ended}), "o200k")
     cost = (prompt - cached) * 1000 + cached * 500 + output * 2000
-    assert found == Charge(cost, prompt, cached, output, estimated)
+    assert (found.cost, found.usage, found.estimated) == (cost, Usage(prompt - cached, cached, output), estimated)
 
 
 @pytest.mark.parametrize(("hidden", "output"), [(0, 2), (30, 32), (1000, 100)])
 def test_reasoning_that_was_not_shown_is_charged_by_the_time_it_ran(hidden: int, output: int) -> None:
     """I1: what was billed and not shown cannot be counted; the cap bounds it. Usage, when there is any, is the bill."""
     cut = Ended(error=ERROR, billed=True, complete=True)
-    found = settlement.charge(REQUEST, ADMISSION, said(" a", " b"), cut, "o200k", hidden)
-    assert (found.output_tokens, found.estimated) == (output, True)
+    found = settlement.charge(REQUEST, ADMISSION, STEP, said(" a", " b"), cut, "o200k", hidden)
+    assert (found.usage.output_tokens, found.estimated) == (output, True)
     ended_well = settlement.charge(
-        REQUEST, ADMISSION, said(" a", finish=True, usage=GOOD), Ended(billed=True), "o200k", hidden
+        REQUEST, ADMISSION, STEP, said(" a", finish=True, usage=GOOD), Ended(billed=True), "o200k", hidden
     )
-    assert (ended_well.output_tokens, ended_well.estimated) == (7, False)
+    assert (ended_well.usage.output_tokens, ended_well.estimated) == (7, False)
 
 
 def test_head_and_payload() -> None:
     """D12, and the shape of D5's payload."""
-    step = Step("main", "real")
-    assert settlement.head(ADMISSION, step, 2, 28_000_000) == {
+    assert settlement.head(ADMISSION, STEP, 2, 28_000_000) == {
         "X-BR-Guardian-Status": "on",
         "X-BR-Estimated-Cost": "$0.0000425",
         "X-BR-Guardian-Overhead-Ms": "0.0",
@@ -96,9 +98,35 @@ def test_head_and_payload() -> None:
         "X-BR-Endpoint": "main",
         "X-BR-Actual-Cost": "$0.028",
     }
-    found = orjson.loads(settlement.payload(REQUEST, ADMISSION, step, 2, Charge(28_000_000, 5, 1, 2, True)))
+    found = orjson.loads(
+        settlement.payload(REQUEST, ADMISSION, STEP, 2, Charge(28_000_000, Usage(4, 1, 2), estimated=True))
+    )
     assert found == {
         "request_id": "0" * 32, "guardian": "on", "estimated_cost": "$0.0000425", "actual_cost": "$0.028",
         "actual_cost_nano_usd": 28_000_000, "overhead_ms": 0.0, "endpoint": "main", "model": "real", "calls": 2,
         "usage": {"input_tokens": 5, "cached_tokens": 1, "output_tokens": 2}, "estimated": True,
     }  # fmt: skip
+
+
+def test_the_endpoints_own_price_and_the_providers_own_words() -> None:
+    """I1: a fallback that charges less is billed at less; what the provider said is kept, believed or not."""
+    admission = msgspec.structs.replace(ADMISSION, prices={"main": Price(10**8, 10**8, 10**8)})
+    well = Ended(billed=True)
+    found = settlement.charge(REQUEST, admission, STEP, said(" a", finish=True, usage=GOOD), well, "o200k")
+    assert found.cost == 57 * 100
+    assert orjson.loads(found.raw) == orjson.loads(GOOD)
+    other = settlement.charge(REQUEST, admission, Step("b", "m"), said(" a", finish=True, usage=GOOD), well, "o200k")
+    assert other.cost == 40_000 + 5000 + 14_000
+    bad = settlement.charge(
+        REQUEST, admission, STEP, said(" a", finish=True, usage='{"prompt_tokens":-1}'), well, "o200k"
+    )
+    assert (bad.estimated, bad.raw) == (True, b'{"prompt_tokens":-1}')
+
+
+def test_usage_that_contradicts_itself_is_marked() -> None:
+    """Faults 77: reconcile may correct it."""
+    usage = '{"prompt_tokens":5,"completion_tokens":2,"prompt_tokens_details":{"cached_tokens":9}}'
+    found = settlement.charge(
+        REQUEST, ADMISSION, STEP, said(" a", finish=True, usage=usage), Ended(billed=True), "o200k"
+    )
+    assert (found.estimated, found.usage.input_tokens) == (True, 5)
