@@ -11,6 +11,7 @@ BR_REQUEST_ID: Final = "X-BR-Request-Id"  # our own id: of the money, the frames
 BR_GUARDIAN_STATUS: Final = "X-BR-Guardian-Status"  # on | degraded
 BR_ESTIMATED_COST: Final = "X-BR-Estimated-Cost"  # $0.03 (D12)
 BR_ACTUAL_COST: Final = "X-BR-Actual-Cost"  # whole answers only (D11)
+BR_EFFICIENCY: Final = "X-BR-Efficiency"  # 0.87 (D13); whole answers only (D11)
 BR_GUARDIAN_OVERHEAD: Final = "X-BR-Guardian-Overhead-Ms"
 BR_ENDPOINT: Final = "X-BR-Endpoint"  # S2-34: which endpoint answered
 BR_CALLS: Final = "X-BR-Calls"  # how many upstream calls it took

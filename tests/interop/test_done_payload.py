@@ -51,8 +51,9 @@ def check_payload(payload: dict[str, Any], headers: http.client.HTTPMessage) -> 
     assert payload["actual_cost"].startswith("$")
     assert set(payload) == {
         "request_id", "guardian", "estimated_cost", "actual_cost", "actual_cost_nano_usd", "overhead_ms", "endpoint",
-        "model", "calls", "usage", "estimated",
+        "model", "calls", "usage", "estimated", "efficiency",
     }  # fmt: skip
+    assert payload["efficiency"] == 1.0
 
 
 @pytest.mark.parametrize("form", [None, "inline"])

@@ -22,12 +22,12 @@ from typing import Final
 import msgspec
 from msgspec import Struct
 
-from shared.core import money, pricing, tokens
+from shared.core import money, pricing, quality, tokens
 from shared.core.head import guardian_head
 from shared.core.translators.base import Translator, Usage
 from shared.core.translators.usage import keep
 from shared.wire import headers
-from shared.wire.messages import Admission, Ask, Step
+from shared.wire.messages import Admission, Ask, Call, Step
 from workers.provider.ended import Ended
 
 #: Tokens a choice may have been ahead of what we read when the connection was cut: at 100 tokens a second a third of a
@@ -80,13 +80,27 @@ def _output(ask: Ask, admission: Admission, translator: Translator, ended: Ended
     return counted
 
 
-def head(admission: Admission, step: Step | None, call: int, actual: int | None = None) -> dict[str, str]:
-    """The X-BR headers; `actual` (nano-USD) on whole answers, whose cost is known before the head goes (D11)."""
+def efficiency(message: Call, translator: Translator, paid: Charge) -> float:
+    """D13, of an answer that ended well: its quality, and what the cheapest endpoint of the Plan would have cost."""
+    admission = message.admission
+    share = 1.0
+    if admission.prices:
+        prices = (pricing.price_of(admission, step) for step in message.plan.steps)
+        share = pricing.cheapest_share(prices, paid.usage, paid.cost)
+    return quality.efficiency(quality.quality(translator.spoken(), quality.format_of(message.ask.body)), share)
+
+
+def head(
+    admission: Admission, step: Step | None, call: int, actual: int | None = None, efficiency: float = 0.0
+) -> dict[str, str]:
+    """The X-BR headers; `actual` (nano-USD) and `efficiency` on whole answers, where they are known before the head
+    goes (D11)."""
     found = {**guardian_head(admission), headers.BR_CALLS: str(call)}
     if step is not None:
         found[headers.BR_ENDPOINT] = step.endpoint
     if actual is not None:
         found[headers.BR_ACTUAL_COST] = money.show_usd(actual)
+        found[headers.BR_EFFICIENCY] = f"{efficiency:.2f}"
     return found
 
 
@@ -102,6 +116,7 @@ class _Payload(Struct):
     estimated_cost: str
     actual_cost: str
     actual_cost_nano_usd: int
+    efficiency: float
     overhead_ms: float
     endpoint: str
     model: str
@@ -110,7 +125,7 @@ class _Payload(Struct):
     estimated: bool
 
 
-def payload(ask: Ask, admission: Admission, step: Step, call: int, paid: Charge) -> bytes:
+def payload(ask: Ask, admission: Admission, step: Step, call: int, paid: Charge, efficiency: float) -> bytes:
     """The JSON of D5."""
     return _json(
         _Payload(
@@ -119,6 +134,7 @@ def payload(ask: Ask, admission: Admission, step: Step, call: int, paid: Charge)
             money.show_usd(admission.estimate),
             money.show_usd(paid.cost),
             paid.cost,
+            efficiency,
             round(admission.overhead_us / 1000, 1),
             step.endpoint,
             step.model,

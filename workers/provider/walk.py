@@ -282,13 +282,14 @@ class Walk:
         message = self._message
         ask, admission, step = message.ask, message.admission, target.step
         assert self._channel is not None
-        x_br = settlement.payload(ask, admission, step, self._account.call, paid) if ask.stream else b""
+        call, efficiency = self._account.call, settlement.efficiency(message, translator, paid)
+        x_br = settlement.payload(ask, admission, step, call, paid, efficiency) if ask.stream else b""
         if ask.stream:
             tail = translator.tail(x_br if ask.done == "inline" else b"")
             if tail:
                 self._write(tail)
         else:
-            self._channel.write(ended.body, settlement.head(admission, step, self._account.call, paid.cost))
+            self._channel.write(ended.body, settlement.head(admission, step, call, paid.cost, efficiency))
         summary = Summary(
             call=self._account.call,
             endpoint=step.endpoint,

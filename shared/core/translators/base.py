@@ -51,6 +51,17 @@ class Usage(Struct, frozen=True):
         return self.text_output + self.audio_output
 
 
+class Spoken(Struct, frozen=True):
+    """One choice of an answer as far as it came, for its quality. `arguments` of function calls, which should be JSON;
+    `called`: any tool was. `reason`: OpenAI's finish_reason, "" while there is none."""
+
+    text: str
+    reason: str
+    refused: bool
+    called: bool
+    arguments: tuple[str, ...]
+
+
 class Request(Struct, frozen=True):
     """One upstream request: `path` continues the endpoint's base URL; `headers` without those of the connection."""
 
@@ -122,6 +133,9 @@ class Translator(Protocol):
         """What was generated so far, in pieces that tokenise on their own (a choice's text, a tool call's name, its
         arguments), each with the number of deltas it came in: to be counted when the provider's usage is missing. A
         server that sends a token at a time may cut where a tokenizer would not, so the larger number counts."""
+
+    def spoken(self) -> list[Spoken]:
+        """What was said, by choice."""
 
     def uncounted(self) -> int:
         """Bytes of generated text beyond what `texts` keeps: count a token each (no token is shorter)."""

@@ -20,7 +20,7 @@ from msgspec import Raw, Struct
 
 from shared.core import sse
 from shared.core.translators import failures, usage
-from shared.core.translators.base import Failure, Headers, Request, UpstreamFailure, Usage
+from shared.core.translators.base import Failure, Headers, Request, Spoken, UpstreamFailure, Usage
 from shared.core.translators.texts import MAX_PIECES, MAX_TEXT, Texts, strings
 from shared.wire.errors import UpstreamInvalid, UpstreamTruncated
 from shared.wire.messages import Ask, Step
@@ -31,6 +31,7 @@ DONE: Final = b"[DONE]"
 #: Chunks and bytes held back after the finish; a provider sends one or two.
 MAX_HELD: Final = 256
 MAX_HELD_BYTES: Final = 262_144
+MAX_REASON: Final = 64  # characters of a finish_reason; OpenAI's longest has 14
 
 _SHARED: Final[tuple[str, ...]] = ("id", "created", "model", "system_fingerprint")  # of an answer and its chunks
 _CAP_FIELDS: Final[tuple[str, ...]] = ("max_completion_tokens", "max_tokens")
@@ -87,8 +88,8 @@ class OpenAITranslator:
     """See base.Translator."""
 
     __slots__ = (
-        "_asked_usage", "_choices", "_finished", "_held", "_held_size", "_open", "_secrets", "_texts", "done",
-        "finished", "started", "usage", "usage_sent",
+        "_asked_usage", "_choices", "_finished", "_held", "_held_size", "_open", "_reasons", "_secrets", "_texts",
+        "done", "finished", "started", "usage", "usage_sent",
     )  # fmt: skip
 
     def __init__(self, ask: Ask, secrets: tuple[str, ...]) -> None:
@@ -102,6 +103,7 @@ class OpenAITranslator:
         self._choices = ask.n
         self._open: set[int] = set()  # choices of the request that have begun
         self._finished: set[int] = set()  # those with a finish_reason
+        self._reasons: dict[int, str] = {}  # and which
         self._held: list[tuple[bytes, bool]] = []  # payload, whether it carries a finish_reason
         self._held_size = 0
         self._texts = Texts()
@@ -214,12 +216,13 @@ class OpenAITranslator:
                 self._take(index, choice.delta)
             if choice.finish_reason:
                 finishes = True
-                self._finish(index)
+                self._finish(index, choice.finish_reason)
         return finishes, goes_on
 
-    def _finish(self, index: int) -> None:
+    def _finish(self, index: int, reason: Any) -> None:
         self.started = True
         if 0 <= index < self._choices:
+            self._reasons[index] = str(reason)[:MAX_REASON]
             self._finished.add(index)
             self.finished = len(self._finished) >= self._choices
 
@@ -294,6 +297,7 @@ class OpenAITranslator:
         self.usage = usage.read(answer.usage)
         for number, choice in enumerate(choices[:MAX_PIECES]):
             self._take(number, msgspec.convert(_known(choice["message"]), _Delta))
+            self._reasons[number] = str(choice.get("finish_reason") or "")[:MAX_REASON]
         self.started = self.finished = True
         return body, choices
 
@@ -323,6 +327,10 @@ class OpenAITranslator:
     def texts(self) -> list[tuple[str, int]]:
         """See base.Translator."""
         return self._texts.all()
+
+    def spoken(self) -> list[Spoken]:
+        """See base.Translator."""
+        return self._texts.spoken(self._reasons)
 
     def uncounted(self) -> int:
         """See base.Translator."""

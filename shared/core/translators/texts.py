@@ -1,9 +1,11 @@
 """What a call has generated so far, kept so that it can be counted when the provider's usage never comes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import msgspec
+
+from shared.core.translators.base import Spoken
 
 #: Characters kept: far above any model's output. What goes beyond is counted a token a byte.
 MAX_TEXT: Final = 1_048_576
@@ -55,6 +57,24 @@ class Texts:
     def all(self) -> list[tuple[str, int]]:
         """(text, deltas it came in) of each piece."""
         return [(piece.text(), piece.deltas()) for piece in (self.main, *self._pieces.values()) if piece.deltas()]
+
+    def spoken(self, reasons: Mapping[int, str]) -> list[Spoken]:
+        """By choice, in their order; `reasons` are the finish_reasons that came."""
+        found: dict[int, dict[str, list[str]]] = {index: {} for index in reasons}
+        if self.main.deltas():
+            found.setdefault(0, {})["content"] = [self.main.text()]
+        for (index, kind, _), piece in self._pieces.items():
+            found.setdefault(index, {}).setdefault(kind, []).append(piece.text())
+        return [
+            Spoken(
+                text="".join(kinds.get("content", ())),
+                reason=reasons.get(index, ""),
+                refused="refusal" in kinds,
+                called="name" in kinds or "arguments" in kinds,
+                arguments=tuple(kinds.get("arguments", ())),
+            )
+            for index, kinds in sorted(found.items())
+        ]
 
     def keep(self, index: int, kind: str, number: int, text: str) -> None:
         """One delta of a choice: its `kind` of text; `number` is that of the tool call."""

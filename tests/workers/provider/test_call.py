@@ -43,6 +43,7 @@ async def test_a_whole_answer(valkey_url: str) -> None:
         assert answer.head[headers.BR_ESTIMATED_COST] == "$0.03"
         assert answer.head[headers.BR_GUARDIAN_OVERHEAD] == "1.2"
         assert answer.head[headers.BR_ACTUAL_COST].startswith("$0.0000")
+        assert answer.head[headers.BR_EFFICIENCY] == "1.00"
         assert [hop.role for hop in answer.end.hops] == ["ingress", "guardian", "routing", "provider"]
         assert answer.end.hops[-1].pid == 4242
 
@@ -66,6 +67,7 @@ async def test_a_stream_and_the_three_forms_of_its_payload(valkey_url: str, done
             "input_tokens": line["input_tokens"], "cached_tokens": 0, "output_tokens": 20,
         }  # fmt: skip
         assert payload["estimated"] is False
+        assert payload["efficiency"] == 1.0
         assert answer.chunks()[-1]["choices"][0]["finish_reason"] == "stop"
         assert headers.BR_ACTUAL_COST not in answer.head
 

@@ -10,7 +10,7 @@ from shared.core import tokens
 from shared.core.translators.base import Usage
 from shared.core.translators.openai import OpenAITranslator
 from shared.wire.errors import UpstreamTruncated
-from shared.wire.messages import Admission, Price, Step
+from shared.wire.messages import Admission, Call, Plan, Price, Step
 from tests.core.translating import ask, translator
 from workers.provider import settlement
 from workers.provider.ended import Ended
@@ -90,20 +90,22 @@ def test_reasoning_that_was_not_shown_is_charged_by_the_time_it_ran(hidden: int,
 
 def test_head_and_payload() -> None:
     """D12, and the shape of D5's payload."""
-    assert settlement.head(ADMISSION, STEP, 2, 28_000_000) == {
+    assert settlement.head(ADMISSION, STEP, 2, 28_000_000, 0.87) == {
         "X-BR-Guardian-Status": "on",
         "X-BR-Estimated-Cost": "$0.0000425",
         "X-BR-Guardian-Overhead-Ms": "0.0",
         "X-BR-Calls": "2",
         "X-BR-Endpoint": "main",
         "X-BR-Actual-Cost": "$0.028",
+        "X-BR-Efficiency": "0.87",
     }
     found = orjson.loads(
-        settlement.payload(REQUEST, ADMISSION, STEP, 2, Charge(28_000_000, Usage(4, 1, 2), estimated=True))
+        settlement.payload(REQUEST, ADMISSION, STEP, 2, Charge(28_000_000, Usage(4, 1, 2), estimated=True), 0.5)
     )
     assert found == {
         "request_id": "0" * 32, "guardian": "on", "estimated_cost": "$0.0000425", "actual_cost": "$0.028",
-        "actual_cost_nano_usd": 28_000_000, "overhead_ms": 0.0, "endpoint": "main", "model": "real", "calls": 2,
+        "actual_cost_nano_usd": 28_000_000, "efficiency": 0.5,
+        "overhead_ms": 0.0, "endpoint": "main", "model": "real", "calls": 2,
         "usage": {"input_tokens": 5, "cached_tokens": 1, "output_tokens": 2}, "estimated": True,
     }  # fmt: skip
 
@@ -130,3 +132,15 @@ def test_usage_that_contradicts_itself_is_marked() -> None:
         REQUEST, ADMISSION, STEP, said(" a", finish=True, usage=usage), Ended(billed=True), "o200k"
     )
     assert (found.estimated, found.usage.input_tokens) == (True, 5)
+
+
+def test_efficiency_of_a_dear_endpoint_and_of_a_bad_answer() -> None:
+    """D13: quality x what the cheapest endpoint of the Plan would have taken."""
+    plan = Plan(steps=(STEP, Step("b", "m")), max_calls=2)
+    admission = msgspec.structs.replace(ADMISSION, prices={"b": Price(10**8, 10**8, 10**9)})
+    message = Call(ask=REQUEST, admission=admission, plan=plan)
+    call = said(" a", finish=True, usage='{"prompt_tokens":10,"completion_tokens":10}')
+    paid = settlement.charge(REQUEST, admission, STEP, call, Ended(billed=True), "o200k")
+    assert settlement.efficiency(message, call, paid) == round(11 / 30, 2)
+    assert settlement.efficiency(msgspec.structs.replace(message, admission=ADMISSION), call, paid) == 1.0
+    assert settlement.efficiency(message, said(finish=True), paid) == 0.0
