@@ -72,6 +72,7 @@ class Model(Struct, frozen=True, kw_only=True):
     prices: dict[str, Price]
     priced: tuple[Priced, ...]
     encoding: tokens.Encoding
+    token_safety_percent: int  # what the bound of a prompt adds to our count of it
     owned_by: str
     hidden_reasoning: bool  # bills output that it does not show: a cut call is charged for the time it ran
 
@@ -108,6 +109,7 @@ class _ModelRow(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     max_output_tokens: Annotated[int, Meta(ge=1, le=1_000_000)]
     price: PriceRow | str | None = None
     encoding: tokens.Encoding | None = None
+    token_safety_percent: Annotated[int, Meta(ge=0, le=1000)] = tokens.MARGIN_PERCENT
     hidden_reasoning: bool | None = None
     owned_by: Annotated[str, Meta(min_length=1, max_length=64)] | None = None
 
@@ -281,6 +283,7 @@ def _models(file: _File, endpoints: Mapping[str, Endpoint], errors: list[str]) -
                 prices=_own_prices(price, usable),
                 priced=tuple(priced for _, priced in usable),
                 encoding=row.encoding or tokens.encoding_for(steps[0].model),
+                token_safety_percent=row.token_safety_percent,
                 owned_by=row.owned_by or endpoints[steps[0].endpoint].provider,
                 hidden_reasoning=_hides(row, steps),
             )

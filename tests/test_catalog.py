@@ -92,6 +92,7 @@ def test_models_that_hide_their_reasoning(upstream: str, said: str, hides: bool)
         (ENDPOINT.replace("api.openai.com", "api.openai.com:99999"), "endpoints[0].base_url"),
         (ENDPOINT.replace("https://api.openai.com", "https://"), "endpoints[0].base_url"),
         (ENDPOINT + MODEL + PRICE + "x = 1", "models[0]"),
+        (ENDPOINT + MODEL + PRICE + "token_safety_percent = -1", "models[0].token_safety_percent"),
         (ENDPOINT + MODEL + PRICE + MODEL + PRICE, "models[1].name"),
         (ENDPOINT + MODEL.replace('"m"', '""') + PRICE, "models[0].name"),
         (ENDPOINT + MODEL.replace('"m"', f'"{"é" * 129}"') + PRICE, "models[0].name"),
@@ -293,3 +294,9 @@ def test_a_wrong_step_price_is_told_with_its_path(given):
     steps = f'{{ endpoint = "main", model = "a", {given} }}'
     line = faults(ENDPOINT + MODEL.replace('{ endpoint = "main", model = "gpt-4o-mini" }', steps) + PRICE)[0]
     assert line.startswith("models[0].endpoints[0].price")
+
+
+def test_a_model_may_have_its_own_token_safety_factor():
+    """A tokenizer that is not OpenAI's needs a wider bound."""
+    assert parse(ENDPOINT + MODEL + PRICE).models["m"].token_safety_percent == 10
+    assert parse(ENDPOINT + MODEL + PRICE + "token_safety_percent = 40").models["m"].token_safety_percent == 40

@@ -13,6 +13,8 @@ import orjson
 from msgspec import Struct
 from rs_bpe.bpe import openai as tables
 
+from shared.core import images
+
 Encoding = Literal["o200k", "cl100k"]
 
 PER_MESSAGE: Final = 3  # cookbook: every message has <|start|>role<|message|>...<|end|>
@@ -22,13 +24,10 @@ CHARS_PER_TOKEN: Final = 4  # S2-09
 
 #: Above this many bytes of text a reservation counts bytes instead (no token is shorter): 32 KiB take 0.5 ms to count.
 EXACT_BYTES: Final = 32_768
-#: What a bound adds to the count, since providers frame messages and tools in their own ways.
+#: What a bound adds to the count, since providers frame messages and tools in their own ways; the percentage is a
+#: model's own where the catalogue says so (`token_safety_percent`).
 MARGIN_PERCENT: Final = 10
 MARGIN_TOKENS: Final = 8
-#: The dearest image at high detail, in tokens (platform.openai.com/docs/guides/images-vision): gpt-4o-mini bills
-#: 2833 + 8 tiles x 5667; all others stay below 10,000 patches x 1.2.
-IMAGE_TOKENS: Final = 12_000
-IMAGE_TOKENS_4O_MINI: Final = 48_169
 
 #: Objects and lists of a body that are counted elsewhere, or never put before a model. All others may be: the schema of
 #: a response_format is billed as input, as are vLLM's documents.
@@ -53,7 +52,7 @@ class Prompt(Struct, frozen=True, kw_only=True):
     texts: list[str]  # roles, names, contents, called functions and their arguments
     fixed: int  # tokens of the framing
     tools: bytes  # compact JSON of tools and functions
-    images: int
+    images: list[tuple[str, str]]  # (URL, detail)
     opaque: int  # bytes of parts that are neither text nor image (audio, files)
     beside: bytes  # JSON of what no formula counts but a provider may: response_format, fields of a server's own
 
@@ -74,11 +73,6 @@ def encoding_for(model: str) -> Encoding:
 def hides_reasoning(model: str) -> bool:
     """Whether this upstream model bills output that it does not show."""
     return model.rpartition("/")[2].startswith(_HIDES_REASONING)
-
-
-def image_tokens(model: str) -> int:
-    """Upper bound of one image for an upstream model name."""
-    return IMAGE_TOKENS_4O_MINI if "gpt-4o-mini" in model else IMAGE_TOKENS
 
 
 def warm(encoding: Encoding = "o200k") -> None:
@@ -103,9 +97,18 @@ def count_prompt(body: bytes, encoding: Encoding) -> int:
     return _count(read_prompt(body), encoding)
 
 
-def bound_prompt(body: bytes, encoding: Encoding, image: int = IMAGE_TOKENS_4O_MINI) -> int:
-    """At least what a provider will count for this body; `image` bounds each image part."""
-    return _bound(read_prompt(body), encoding, image)
+def cover_prompt(body: bytes, encoding: Encoding, model: str) -> tuple[int, int]:
+    """For a call whose bill nobody told (I1): tokens counted, those of images and of what no formula counts included at
+    their most; and, apart, those of audio and files, at most a byte each. Without a margin."""
+    prompt = read_prompt(body)
+    pictures = sum(images.bound(model, url, detail) for url, detail in prompt.images)
+    beside = count_text(prompt.beside.decode(), encoding) if prompt.beside else 0
+    return _count(prompt, encoding) + pictures + beside, prompt.opaque
+
+
+def bound_prompt(body: bytes, encoding: Encoding, models: tuple[str, ...] = (), percent: int = MARGIN_PERCENT) -> int:
+    """At least what a provider will count for this body, whichever of these upstream models gets it."""
+    return _bound(read_prompt(body), encoding, models, percent)
 
 
 def estimate_prompt(chars: int, tool_chars: int = 0) -> int:
@@ -113,11 +116,13 @@ def estimate_prompt(chars: int, tool_chars: int = 0) -> int:
     return -(-chars // CHARS_PER_TOKEN) + -(-tool_chars // CHARS_PER_TOKEN)
 
 
-def size_prompt(body: bytes, encoding: Encoding, image: int) -> PromptSize:
+def size_prompt(
+    body: bytes, encoding: Encoding, models: tuple[str, ...] = (), percent: int = MARGIN_PERCENT
+) -> PromptSize:
     """Bound and estimate from one reading of the body."""
     prompt = read_prompt(body)
     estimate = estimate_prompt(sum(map(len, prompt.texts)), len(prompt.tools))
-    return PromptSize(bound=_bound(prompt, encoding, image), estimate=estimate)
+    return PromptSize(bound=_bound(prompt, encoding, models, percent), estimate=estimate)
 
 
 def read_prompt(body: bytes) -> Prompt:
@@ -126,7 +131,8 @@ def read_prompt(body: bytes) -> Prompt:
     texts: list[str] = []
     beside = [orjson.dumps(value) for key, value in fields.items() if type(value) in _NESTED and key not in _COUNTED]
     fixed = PER_REPLY
-    images = opaque = 0
+    pictures: list[tuple[str, str]] = []
+    opaque = 0
     for message in fields["messages"]:
         fixed += PER_MESSAGE
         texts.append(message["role"])
@@ -139,13 +145,14 @@ def read_prompt(body: bytes) -> Prompt:
                 if kind == "text":
                     texts.append(part["text"])
                 elif kind == "image_url":
-                    images += 1
+                    image = part["image_url"]
+                    pictures.append((image["url"], str(image.get("detail"))))
                 else:
                     opaque += len(orjson.dumps(part))
         if len(message) > 2 or content is None:  # more than role and content
             fixed += _read_rest(message, texts, beside)
     tools = b"".join(orjson.dumps(fields[key]) for key in ("tools", "functions") if fields.get(key))
-    return Prompt(texts=texts, fixed=fixed, tools=tools, images=images, opaque=opaque, beside=b"".join(beside))
+    return Prompt(texts=texts, fixed=fixed, tools=tools, images=pictures, opaque=opaque, beside=b"".join(beside))
 
 
 def _read_rest(message: dict[str, Any], texts: list[str], beside: list[bytes]) -> int:
@@ -173,7 +180,7 @@ def _count(prompt: Prompt, encoding: Encoding) -> int:
     return total + count(prompt.tools.decode()) if prompt.tools else total
 
 
-def _bound(prompt: Prompt, encoding: Encoding, image: int) -> int:
+def _bound(prompt: Prompt, encoding: Encoding, models: tuple[str, ...], percent: int) -> int:
     size = sum(len(text.encode()) for text in prompt.texts) + len(prompt.tools) + len(prompt.beside)
     if size <= EXACT_BYTES:
         count = _count(prompt, encoding)
@@ -181,5 +188,6 @@ def _bound(prompt: Prompt, encoding: Encoding, image: int) -> int:
             count += count_text(prompt.beside.decode(), encoding)
     else:
         count = prompt.fixed + size
-    margin = -(-count * MARGIN_PERCENT // 100) + MARGIN_TOKENS
-    return count + margin + prompt.images * image + prompt.opaque
+    for url, detail in prompt.images:
+        count += max((images.bound(model, url, detail) for model in models), default=images.UNKNOWN)
+    return count + -(-count * percent // 100) + MARGIN_TOKENS + prompt.opaque

@@ -66,7 +66,7 @@ def test_bound_is_above_the_count(texts):
     """D1: what is reserved is never below what we would count."""
     raw = body(*({"role": "user", "content": text} for text in texts))
     assert tokens.bound_prompt(raw, "o200k") > tokens.count_prompt(raw, "o200k")
-    assert tokens.size_prompt(raw, "o200k", 0).bound == tokens.bound_prompt(raw, "o200k", 0)
+    assert tokens.size_prompt(raw, "o200k").bound == tokens.bound_prompt(raw, "o200k")
 
 
 @pytest.mark.parametrize("text", ["a" * 40_000, " " * 40_000, "é" * 40_000, "\U0001f600" * 20_000, "1 \x00" * 20_000])
@@ -77,12 +77,36 @@ def test_bound_of_a_large_body_counts_bytes(text):
 
 
 def test_images_and_other_parts_are_bounded():
-    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 50_000}}
+    """By the dearest rule of the models that may get it; where the rule is unknown the largest image there is."""
+    image = {"type": "image_url", "image_url": {"url": "https://example.com/a.png", "detail": "low"}}
     audio = {"type": "input_audio", "input_audio": {"data": "B" * 1000, "format": "wav"}}
     plain = tokens.bound_prompt(body({"role": "user", "content": []}), "o200k")
-    assert tokens.bound_prompt(body({"role": "user", "content": [image]}), "o200k", 500) == plain + 500
+    raw = body({"role": "user", "content": [image]})
+    assert tokens.bound_prompt(raw, "o200k", ("gpt-4o",)) >= plain + 85
+    assert tokens.bound_prompt(raw, "o200k", ("gpt-4o", "gpt-4o-mini")) >= plain + 2833
+    assert tokens.bound_prompt(raw, "o200k", ("gpt-4o", "gpt-4o-mini")) < plain + 2833 * 1.2
+    assert tokens.bound_prompt(raw, "o200k", ("llava",)) >= plain + 12_000
     assert tokens.bound_prompt(body({"role": "user", "content": [audio]}), "o200k") > plain + 1000
-    assert tokens.image_tokens("gpt-4o-mini-2024-07-18") > tokens.image_tokens("gpt-4o")
+
+
+def test_a_models_safety_factor_is_its_own():
+    """The catalogue's `token_safety_percent`."""
+    raw = body({"role": "user", "content": "hello world " * 500})
+    count = tokens.count_prompt(raw, "o200k")
+    for percent in (0, 10, 200):
+        bound = tokens.bound_prompt(raw, "o200k", (), percent)
+        assert bound == count + -(-count * percent // 100) + tokens.MARGIN_TOKENS
+
+
+def test_a_prompt_nobody_billed_is_counted_with_all_its_parts():
+    """I1: a cut call with an image, audio and a schema is charged no less than the bill."""
+    parts = [{"type": "image_url", "image_url": {"url": "https://x/a.png"}}, {"type": "input_audio", "input_audio": {}}]
+    message = {"role": "user", "content": parts}
+    plain = tokens.count_prompt(body(message), "o200k")
+    counted, opaque = tokens.cover_prompt(body(message, response_format={"type": "json_object"}), "o200k", "gpt-4o")
+    assert counted > plain + 85 + 8 * 170
+    assert opaque == len(orjson.dumps(parts[1]))
+    assert tokens.cover_prompt(body(HELLO), "o200k", "gpt-4o") == (tokens.count_prompt(body(HELLO), "o200k"), 0)
 
 
 @pytest.mark.parametrize("words", [50, 50_000])  # tokenized, and counted in bytes
@@ -111,5 +135,5 @@ def test_fields_that_reach_no_model_are_not_reserved_for():
 def test_estimate_is_four_characters_a_token_and_the_tools():
     """S2-09."""
     assert tokens.estimate_prompt(9, 5) == 3 + 2
-    sized = tokens.size_prompt(body(HELLO, tools=[TOOL]), "o200k", 0)
+    sized = tokens.size_prompt(body(HELLO, tools=[TOOL]), "o200k")
     assert sized.estimate == tokens.estimate_prompt(len("user" + HELLO["content"]), len(orjson.dumps([TOOL])))

@@ -8,8 +8,9 @@ from shared.wire.messages import Admission, Ask
 
 def assess(ask: Ask, model: Model, floor: int, epoch: int = 0) -> Admission:
     """An Admission not yet reserved; `floor` is the least amount in nano-USD (S0-16), `epoch` the catalogue's."""
-    image = max(tokens.image_tokens(step.model) for step in model.steps)
-    return _admission(ask, model, floor, tokens.size_prompt(ask.body, model.encoding, image), "on", epoch)
+    names = tuple({step.model for step in model.steps})
+    size = tokens.size_prompt(ask.body, model.encoding, names, model.token_safety_percent)
+    return _admission(ask, model, floor, size, "on", epoch)
 
 
 def assess_blind(ask: Ask, model: Model, floor: int, epoch: int = 0) -> Admission:

@@ -12,6 +12,7 @@
       answer that came in part                   but of an answer that came in part no more tokens than the bytes its
                                                  head announced (an error in its place says nothing by its size)
 
+Images of a prompt that is counted cost what the published rule says at most, audio and files a token a byte.
 All that is counted adds what a reasoning model may have billed and not shown in the time it ran, up to the cap.
 All but the first two are marked `estimated`. A piece of text counts as the larger of its tokens and its deltas: a
 server that sends a token at a time may cut where a tokenizer would not.
@@ -62,7 +63,8 @@ def charge(
         return Charge(pricing.cost(price, usage), usage, usage.doubtful, raw)
     shown = _output(ask, admission, translator, ended, encoding)
     output = max(shown, min(shown + hidden * ask.n, admission.output_cap * ask.n))
-    counted = Usage(uncached=tokens.count_prompt(ask.body, encoding), text_output=output)
+    prompt, opaque = tokens.cover_prompt(ask.body, encoding, step.model)
+    counted = Usage(uncached=prompt, text_output=output, audio_input=opaque)
     return Charge(pricing.cost(price, counted), counted, estimated=True, raw=raw)
 
 
