@@ -119,8 +119,9 @@ class _File(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     models: tuple[_ModelRow, ...] = ()
 
 
-def load(path: str | Path, env: Mapping[str, str]) -> Catalog:
-    """Read and check the file; keys come from `env` or from files beside it. Raises CatalogError."""
+def load(path: str | Path, env: Mapping[str, str], *, keyless: bool = False) -> Catalog:
+    """Read and check the file; keys come from `env` or from files beside it. `keyless`: for who looks at prices only,
+    what is left out is there all the same. Raises CatalogError."""
     path = Path(path)
     try:
         raw = path.read_bytes()
@@ -128,10 +129,10 @@ def load(path: str | Path, env: Mapping[str, str]) -> Catalog:
         raise CatalogError([f"{path}: {exc.strerror}; set HOTPATH_CATALOG to the catalogue's path"]) from exc
     if len(raw) > _MAX_FILE:
         raise CatalogError([f"{path}: larger than {_MAX_FILE} bytes"])
-    return parse(raw, env, path.parent)
+    return parse(raw, env, path.parent, keyless=keyless)
 
 
-def parse(raw: bytes, env: Mapping[str, str], folder: Path) -> Catalog:
+def parse(raw: bytes, env: Mapping[str, str], folder: Path, *, keyless: bool = False) -> Catalog:
     """The catalogue of these TOML bytes; relative `api_key_file` paths start at `folder`. Raises CatalogError."""
     try:
         file = msgspec.toml.decode(raw, type=_File)
@@ -144,7 +145,7 @@ def parse(raw: bytes, env: Mapping[str, str], folder: Path) -> Catalog:
     if errors:
         raise CatalogError(errors)
     why: dict[str, str] = {}
-    endpoints = _endpoints(file, env, folder, why, errors)
+    endpoints = _endpoints(file, env, folder, why, errors, keyless=keyless)
     models = _models(file, endpoints, errors)
     if errors:
         raise CatalogError(errors)
@@ -217,14 +218,15 @@ def _name_fault(at: str, name: str) -> Iterator[str]:
 
 
 def _endpoints(
-    file: _File, env: Mapping[str, str], folder: Path, why: dict[str, str], errors: list[str]
+    file: _File, env: Mapping[str, str], folder: Path, why: dict[str, str], errors: list[str], *, keyless: bool
 ) -> dict[str, Endpoint]:
     endpoints = {}
     for index, row in enumerate(file.endpoints):
         key, missing = _key(row, env, folder)
         if missing:
             why[row.id] = missing
-            continue
+            if not keyless:
+                continue
         if key and not _KEY.match(key):
             source = "api_key_env" if row.api_key_env and env.get(row.api_key_env) else "api_key_file"
             errors.append(f"endpoints[{index}].{source}: the key has characters that cannot stand in a header")

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from deploy.cli import admin, control, doctor, show
+from deploy.cli import admin, control, doctor, prices, show
 from deploy.cli.where import Where, find
 from shared.settings import SettingsError
 
@@ -22,9 +22,11 @@ main = typer.Typer(no_args_is_help=True, help="Hotpath: an AI gateway. Start it 
 keys = typer.Typer(no_args_is_help=True, help="API keys of the tenants.", rich_markup_mode=None)
 budget = typer.Typer(no_args_is_help=True, help="What tenants spent, and their limits.", rich_markup_mode=None)
 ledger = typer.Typer(no_args_is_help=True, help="Every call and its money.", rich_markup_mode=None)
+priced = typer.Typer(no_args_is_help=True, help="What models cost.", rich_markup_mode=None)
 main.add_typer(keys, name="keys")
 main.add_typer(budget, name="budget")
 main.add_typer(ledger, name="ledger")
+main.add_typer(priced, name="prices")
 
 
 def _act(data: str, json_out: bool, work: Callable[[Where], Any], text: Callable[[Any], Any]) -> Any:
@@ -100,6 +102,14 @@ def ledger_show(
 ) -> None:
     """A tenant's calls: state, what was held, what it cost."""
     _act(data, json_out, lambda w: admin.show_ledger(w, tenant, rid), show.ledger_table)
+
+
+@priced.command("show")
+def prices_show(
+    model: Annotated[str, typer.Argument(help="As clients name it.")], json_out: Json = False, data: Data = ""
+) -> None:
+    """Every part of its price at each endpoint, and whether the catalogue or genai-prices says so."""
+    _act(data, json_out, lambda w: prices.show_model(w, model), show.price_table)
 
 
 @main.command()

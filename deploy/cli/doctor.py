@@ -39,7 +39,7 @@ def examine(where: Where) -> dict[str, Any]:
     settings, told = _settings(where)
     checks += told
     if settings is not None:
-        checks += _catalogue(where, settings)
+        checks += _catalogue(where)
         checks += asyncio.run(_running(where, settings))
     return {"checks": checks}
 
@@ -79,10 +79,8 @@ def _settings(where: Where) -> tuple[Settings | None, list[Check]]:
     return settings, [_check("settings", "ok", "valid")]
 
 
-def _catalogue(where: Where, settings: Settings) -> Iterator[Check]:
-    path = settings.hotpath_catalog
-    if where.run is not None and where.run["simulator_url"] and not where.env.get("HOTPATH_CATALOG"):
-        path = str(where.data / "catalog.toml")
+def _catalogue(where: Where) -> Iterator[Check]:
+    path = where.catalogue()
     try:
         catalog = load_catalog(path, where.env)
     except (CatalogError, OSError) as exc:

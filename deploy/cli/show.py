@@ -89,6 +89,20 @@ def trace_table(found: dict[str, Any]) -> "Table":
     return table
 
 
+def price_table(found: dict[str, Any]) -> "Table":
+    """A row for each part at each endpoint, in USD per million tokens."""
+    table = _table("endpoint", "model", "part", "USD per million", "from")
+    table.caption = f"{found['catalogue']}, epoch {found['epoch']}; genai-prices {found['genai_prices']}"
+    for row in found["endpoints"]:
+        endpoint = row["endpoint"] if row["usable"] else f"{row['endpoint']} (no key)"
+        for part, price in row["prices"].items():
+            table.add_row(endpoint, row["model"], part, _usd(price["nano_usd_per_million"]), price["source"])
+            endpoint = ""
+    for part, nano in found["reserved_at"].items() if len(found["endpoints"]) > 1 else ():
+        table.add_row("reserved at" if part == "input" else "", "", part, _usd(nano), "the dearest")
+    return table
+
+
 def check_lines(found: dict[str, Any]) -> str:
     """One line per check; what to do stands under it."""
     checks = found["checks"]

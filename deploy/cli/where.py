@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.cli import credentials, runfile
+from deploy.cli.procfile import ROOT
 from shared.settings import Settings
 from shared.settings import load as load_settings
 
@@ -26,6 +27,15 @@ class Where:
     def settings(self) -> Settings:
         """The settings. Raises SettingsError."""
         return load_settings(self.env)
+
+    def catalogue(self) -> str:
+        """The path of the catalogue that is served: what is given, the simulator's own when `hotpath up` started that,
+        else the one we ship."""
+        if self.env.get("HOTPATH_CATALOG"):
+            return self.env["HOTPATH_CATALOG"]
+        if self.run is not None and self.run["simulator_url"]:
+            return str(self.data / "catalog.toml")
+        return str(ROOT / "deploy" / "catalog.toml")
 
 
 def find(data: str, env: Mapping[str, str] | None = None) -> Where:

@@ -136,6 +136,14 @@ def test_nothing_runs(tmp_path: Path) -> None:
     assert "Redis does not answer" in done.stderr
 
 
+def test_prices(up: Up) -> None:
+    """Of the simulator that runs, for people and as JSON."""
+    found = up.cli("prices", "show", "sim-fast")
+    assert [row["endpoint"] for row in found["endpoints"]] == ["sim", "sim-b"]
+    assert found["reserved_at"]["output"] == 600_000_000
+    assert "$0.60" in up.cli_run("prices", "show", "sim-fast").stdout
+
+
 def test_version(up: Up) -> None:
     """What runs, with the servers' versions."""
     found = up.cli("version")

@@ -36,6 +36,7 @@ ELSEWHERE = {
     "hotpath trace RID": "tests/e2e/test_path.py::test_four_processes",
     "hotpath env --role provider": "tests/deploy/test_commands.py::test_env_of_a_role",
     "hotpath circuits": "tests/e2e/test_circuits.py::test_two_hundred_at_once_are_one_call",
+    "hotpath prices show MODEL": "tests/deploy/test_commands.py::test_prices",
     "hotpath ledger show acme": "tests/deploy/test_readme.py::test_the_prose",
     "honcho start -c ingress=2,guardian=2,provider=4": "tests/deploy/test_honcho.py::test_scaled_against_given_servers",
     "honcho start -f deploy/Procfile.dev": "tests/deploy/test_honcho.py::test_procfile_dev",
