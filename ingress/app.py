@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from functools import partial
 from typing import Final
 
 from aiohttp import web
@@ -20,6 +21,7 @@ from ingress.models import PREFIX, Models
 from ingress.protocol import Reply, Server, Timers
 from ingress.replies import Replies
 from ingress.wheel import Wheel
+from shared.core.users import user_id
 from shared.service import Context
 from shared.settings import Settings
 from shared.wire import errors
@@ -61,7 +63,7 @@ class Ingress:
         self._replies = Replies(ctx.bus, ctx.instance, ctx.rosters, self._desk)
         self._desk.control = self._replies
         self._events = Events(ctx.log, time.monotonic)
-        self._auth = Auth(ctx.state.registry, settings.admin_api_key, self._events)
+        self._auth = Auth(ctx.state.registry, settings.admin_api_key, self._events, ctx.state.clock.now)
         ctx.bus_listeners.append(self._replies.on_bus)
         self._add_routes(ctx, door)
         self._add_metrics(ctx)
@@ -114,6 +116,7 @@ class Ingress:
             models=catalog.models,
             epoch=catalog.epoch,
             desk=self._desk,
+            user_id=partial(user_id, settings.key_pepper.encode()),
             traces=self._traces,
             cold=observe.ColdStart(ctx.log, ctx.started_at),
             ready=health.require,

@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+from collections.abc import Callable
 from typing import Protocol
 
 from aiohttp import web
@@ -32,32 +33,40 @@ class Registry(Protocol):
 class Auth:
     """Authenticates requests."""
 
-    def __init__(self, registry: Registry, admin_key: str, events: Events) -> None:
+    def __init__(self, registry: Registry, admin_key: str, events: Events, now: Callable[[], int]) -> None:
+        """`now`: milliseconds of the shared clock, by which keys expire."""
         self._registry = registry
+        self._now = now
         self._admin = hashlib.sha256(admin_key.encode()).digest()
         self._events = events
 
     async def tenant(self, request: web.BaseRequest, request_id: str) -> Principal:
         """The principal of the request's key.
 
-        Raises ClientError (two Authorization headers), Unauthorized, RegistryDown (the key is not in our copy and
-        Redis cannot be asked: DESIGN 5).
+        Raises ClientError (two Authorization headers), Unauthorized, KeyExpired, RegistryDown (the key is not in our
+        copy and Redis cannot be asked: DESIGN 5).
         """
         token = bearer(request)
         principal = self._registry.authenticate(token) if token else None
         if principal is not None:
-            return principal
+            return self._unexpired(principal, request, request_id)
         if token:
             try:
                 principal = await self._registry.fetch(token)
             except StateUnavailable as error:
                 raise errors.RegistryDown from error
             if principal is not None:
-                return principal
+                return self._unexpired(principal, request, request_id)
             if not self._registry.fresh:
                 raise errors.RegistryDown
         self._events.auth_failure(request, request_id, "key missing" if not token else "key unknown")
         raise errors.Unauthorized
+
+    def _unexpired(self, principal: Principal, request: web.BaseRequest, request_id: str) -> Principal:
+        if 0 < principal.expires <= self._now():
+            self._events.auth_failure(request, request_id, "key expired")
+            raise errors.KeyExpired
+        return principal
 
     def admin(self, request: web.BaseRequest, request_id: str) -> None:
         """Let only the admin key pass (S1-G01). Raises ClientError, Unauthorized."""

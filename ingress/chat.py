@@ -16,6 +16,7 @@ from ingress.middleware import Visit
 from ingress.observe import ColdStart, Trace, Traces
 from ingress.protocol import Connection, Reply
 from ingress.sinks import Live, Whole
+from shared.core.money import usd_to_nano
 from shared.core.stream import Fail, Finish, Limits
 from shared.state.base import Principal
 from shared.wire import errors, headers
@@ -53,7 +54,7 @@ class Chat:
 
     def __init__(
         self, *, rules: Rules, auth: Auth, events: Events, models: Mapping[str, object], epoch: int, desk: Desk,
-        traces: Traces, cold: ColdStart, ready: Callable[[], None],
+        user_id: Callable[[str, str], str], traces: Traces, cold: ColdStart, ready: Callable[[], None],
     ) -> None:  # fmt: skip
         self._rules = rules
         self._auth = auth
@@ -61,6 +62,7 @@ class Chat:
         self._models = models
         self._epoch = epoch
         self._desk = desk
+        self._user_id = user_id  # of a tenant's id and a `user` field
         self._traces = traces
         self._cold = cold
         self._ready = ready  # raises a GatewayFault when a role has no live worker
@@ -80,13 +82,16 @@ class Chat:
         if chat.model not in self._models:
             self._events.unknown_model(request, visit.label, principal.tenant, chat.model)
             raise errors.ModelNotFound(param="model")
+        if principal.models and chat.model not in principal.models:
+            raise errors.ModelNotFound(param="model")
         timeout_ms = self._timeout_ms(request, chat.stream)
         done = DONE_FORMS.get(request.headers.get(headers.DONE_PAYLOAD, "inline"))
         if done is None:
             raise errors.ClientError(f"{headers.DONE_PAYLOAD} must be one of: {', '.join(DONE_FORMS)}.")
+        most = _max_estimate(request)
         self._ready()
         visit.stage("validate")
-        return await self._serve(visit, chat, self._ask(visit, principal, chat, timeout_ms, done))
+        return await self._serve(visit, chat, self._ask(visit, principal, chat, timeout_ms, done, most))
 
     # ---- before the hand-over ----------------------------------------------------------------------------------------
 
@@ -150,7 +155,9 @@ class Chat:
             raise errors.ClientError(f"{headers.TIMEOUT_MS} must be a whole number of milliseconds.")
         return min(max(int(given), rules.timeout_min_ms), rules.timeout_max_ms)
 
-    def _ask(self, visit: Visit, principal: Principal, chat: ChatRequest, timeout_ms: int, done: Done) -> Ask:
+    def _ask(
+        self, visit: Visit, principal: Principal, chat: ChatRequest, timeout_ms: int, done: Done, most: int
+    ) -> Ask:
         desk = self._desk
         now = desk.now_ms()
         return Ask(
@@ -168,6 +175,8 @@ class Chat:
             timeout_ms=timeout_ms,
             deadline=now + timeout_ms,
             epoch=self._epoch,
+            user=self._user_id(principal.tenant, chat.user) if chat.user else "",
+            max_estimate=most,
             body=chat.body,
         )
 
@@ -245,6 +254,20 @@ class Chat:
                 hops=encode(() if end is None else end.hops),
             )
         )
+
+
+def _max_estimate(request: web.BaseRequest) -> int:
+    """S2-12: X-BR-Max-Estimated-Cost in nano-USD, -1 when it is not there. Raises ClientError."""
+    given = request.headers.getall(headers.MAX_ESTIMATE, ())
+    if not given:
+        return -1
+    try:
+        (text,) = given
+        return usd_to_nano(text)
+    except ValueError as error:
+        raise errors.ClientError(
+            f"{headers.MAX_ESTIMATE} must be one amount in USD such as 0.05: digits, at most nine after the point."
+        ) from error
 
 
 def _connection(visit: Visit) -> Connection:

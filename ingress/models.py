@@ -1,4 +1,4 @@
-"""GET /v1/models and /v1/models/{name}: what the catalogue serves. A name may contain / : @ (D6)."""
+"""GET /v1/models and /v1/models/{name}: what this key may ask for. A name may contain / : @ (D6)."""
 
 from collections.abc import Mapping
 from typing import Final
@@ -30,13 +30,20 @@ class Models:
 
     async def every(self, visit: Visit) -> Reply:
         """The list. Raises Unauthorized, RegistryDown, ClientError."""
-        await self._auth.tenant(visit.request, visit.label)
-        return visit.json(self._page)
+        allowed = (await self._auth.tenant(visit.request, visit.label)).models
+        if not allowed:
+            return visit.json(self._page)
+        return visit.json(
+            models_page((model.name, model.owned_by) for model in self._models.values() if model.name in allowed)
+        )
 
     async def one(self, visit: Visit) -> Reply:
         """One model, by its exact name. Raises ModelNotFound besides."""
-        await self._auth.tenant(visit.request, visit.label)
-        return visit.json(model_object(self._find(visit.path[len(PREFIX) :])))
+        allowed = (await self._auth.tenant(visit.request, visit.label)).models
+        model = self._find(visit.path[len(PREFIX) :])
+        if allowed and model.name not in allowed:
+            raise errors.ModelNotFound
+        return visit.json(model_object(model))
 
     def _find(self, quoted: str) -> Model:
         if len(quoted) > _LONGEST:

@@ -92,13 +92,28 @@ class Unauthorized(ClientError):
     message = "Incorrect or missing API key. Send it as: Authorization: Bearer <key>"
 
 
+class KeyExpired(Unauthorized):
+    """The key was good once: it may say so to whoever has it."""
+
+    code = "expired_api_key"
+    message = "This API key has expired; ask for a new one."
+
+
 class InsufficientBudget(ClientError):
-    """The reservation does not fit under the tenant's limit; the message says what is left."""
+    """The reservation does not fit under a limit; the message says whose and what is left."""
 
     status = 402
     type = "insufficient_quota"
     code = "insufficient_budget"
     message = "The budget does not cover this request."
+
+
+class EstimateExceeded(ClientError):
+    """S2-12, the seatbelt: dearer, by the estimate, than X-BR-Max-Estimated-Cost allows."""
+
+    status = 402
+    code = "estimated_cost_exceeded"
+    message = "The request's estimated cost is above X-BR-Max-Estimated-Cost."
 
 
 class Forbidden(ClientError):
@@ -119,11 +134,12 @@ class NotFound(ClientError):
 
 
 class ModelNotFound(ClientError):
-    """D6: the name is looked up exactly, and is not in the catalogue."""
+    """D6: the name is looked up exactly, and is not in the catalogue; or this key may not ask for it, which reads the
+    same, as it does at OpenAI."""
 
     status = 404
     code = "model_not_found"
-    message = "The model does not exist here. GET /v1/models lists those that do."
+    message = "The model does not exist here, or this key may not use it. GET /v1/models lists those it may."
 
 
 class MethodNotAllowed(ClientError):
@@ -168,6 +184,15 @@ class TenantBusy(ClientError):
 
     def __init__(self, message: str = "", *, param: str | None = None, retry_after_ms: int = 1000) -> None:
         super().__init__(message, param=param, retry_after_ms=retry_after_ms)
+
+
+class RateLimited(ClientError):
+    """S1-G07: a limit of requests or tokens a minute. OpenAI's code; `retry_after_ms` is exact (D15), 0: never."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+    message = "Rate limit reached."
 
 
 class NotRead(ClientError):

@@ -4,6 +4,7 @@ from typing import Final
 
 REQUEST_ID: Final = "X-Request-ID"  # the client's label, echoed (S1-H1); on the upstream side <rid>.<call>
 TIMEOUT_MS: Final = "X-Timeout-Ms"  # S1-G03, clamped
+MAX_ESTIMATE: Final = "X-BR-Max-Estimated-Cost"  # S2-12: USD such as 0.05; in mode `active` dearer advice is 402
 DONE_PAYLOAD: Final = "X-BR-Done-Payload"  # D5: inline (default) | append | comment
 
 BR_PREFIX: Final = "X-BR-"  # what all of ours begin with

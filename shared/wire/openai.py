@@ -49,6 +49,7 @@ class ChatRequest(Struct, frozen=True, kw_only=True):
     include_usage: bool  # stream_options.include_usage
     max_output: int  # max_completion_tokens, else max_tokens; 0 = not given
     n: int
+    user: str = ""  # the `user` field
     body: bytes  # compact JSON, ours
 
 
@@ -71,6 +72,7 @@ def parse_chat(body: bytes) -> ChatRequest:
         include_usage=bool(options and options.get("include_usage")),
         max_output=fields.get("max_completion_tokens") or fields.get("max_tokens") or 0,
         n=fields.get("n") or 1,
+        user=fields.get("user") or "",
         body=strict.serialise(fields, body, exact=not dropped),
     )
 

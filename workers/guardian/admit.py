@@ -207,7 +207,7 @@ class Guardian:
         if direct:
             if not principal.synthetic:
                 raise Forbidden("Only tenants created with --synthetic may be used on the admit subject.")
-            ask = envelope.complete(ask, ctx.settings.max_body_bytes)
+            ask = envelope.complete(ask, ctx.settings.max_body_bytes, ctx.settings.key_pepper.encode())
         model = ctx.catalog.models.get(ask.model)
         if model is None:
             raise ModelNotFound(

@@ -10,6 +10,7 @@ from typing import Final
 import msgspec
 from msgspec import Struct
 
+from shared.core.users import user_id
 from shared.settings import Settings
 from shared.wire import openai, subjects
 from shared.wire.errors import ClientError, TooLarge
@@ -55,8 +56,11 @@ def is_sane(ask: Ask) -> bool:
     )
 
 
-def complete(ask: Ask, max_body: int) -> Ask:
-    """The request with its body parsed and what stands in it filled in. Raises ClientError and its kin."""
+def complete(ask: Ask, max_body: int, pepper: bytes) -> Ask:
+    """The request with its body parsed and what stands in it filled in. Raises ClientError and its kin.
+
+    `pepper`: KEY_PEPPER, under which the body's `user` becomes an opaque id.
+    """
     for name, pattern in (("label", _LABEL), ("trace", _TRACE)):
         if pattern.match(getattr(ask, name)) is None:
             raise ClientError(f"{name} must match {pattern.pattern}", param=name)
@@ -72,6 +76,7 @@ def complete(ask: Ask, max_body: int) -> Ask:
         include_usage=request.include_usage,
         max_output=request.max_output,
         n=request.n,
+        user=user_id(pepper, ask.tenant, request.user),
         body=request.body,
     )
 
