@@ -61,13 +61,14 @@ class Reserved(Struct, frozen=True, kw_only=True):
     when that did not fit and `least` did. denied: would pass a limit, `left` is what is left of it; `level` and
     `period` name it. limited: a rate limit (`level`: "t" or "k:...", `period`: requests or tokens), `wait_ms` until it
     fits; -1: it never will. late: past its deadline. stale: ran after its not-after. refused: an equal or later
-    delivery was voided. closed: the request is over.
+    delivery was voided. closed: the request is over. lost: the tenant's balances are gone, limits and all, and its
+    journal is not: nobody is admitted until it is replayed (faults 52).
 
     `day` is charged (days since 1970-01-01), `ratio` is the tenant's output/input ratio x 1,000,000 (S2-10), `user`
     says that the user has a limit, and its level moved.
     """
 
-    status: Literal["ok", "denied", "limited", "late", "stale", "refused", "closed"]
+    status: Literal["ok", "denied", "limited", "late", "stale", "refused", "closed", "lost"]
     amount: int = 0
     left: int = 0
     level: str = ""

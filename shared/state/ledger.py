@@ -15,6 +15,7 @@ from shared.state.base import (
     Counted,
     Dispatched,
     Extended,
+    NotApplied,
     Rates,
     Reserved,
     Settled,
@@ -161,7 +162,12 @@ class RedisLedger(Books):
             _rid(rid), *self._spans, delivery, check_amount(amount), deadline, not_after,
             key.encode(), user.encode(), check_amount(least), *counts,
         )  # fmt: skip
-        return _reserved(await self._run(_RESERVE, self._ledger_keys(tenant), args, ADMIT_TIMEOUT))
+        try:
+            return _reserved(await self._run(_RESERVE, self._ledger_keys(tenant), args, ADMIT_TIMEOUT))
+        except NotApplied as error:
+            if "LOST " not in str(error):
+                raise
+            return Reserved(status="lost")
 
     async def dispatch(
         self, *, tenant: str, rid: str, delivery: int, instance: str, lost: str, amount: int, max_calls: int,
@@ -241,14 +247,13 @@ class RedisLedger(Books):
         swept, snapshot = await self._run(_EXPIRE, self._ledger_keys(tenant), self._expiring, POST_TIMEOUT)
         return swept, snapshot.decode()
 
-    async def restore(self, *, tenant: str, fields: dict[str, str]) -> str:
-        """Put a snapshot's balances back where there are none; the id of its journal line, "" when there were some.
-
-        Raises StateUnavailable.
-        """
+    async def restore(self, *, tenant: str, fields: dict[str, str], last: str = "") -> str:
+        """Put lost balances back: "restored", "kept" (they are not lost), "moved" (the journal's newest line is not
+        `last`: replay again). Raises StateUnavailable."""
         flat = [part.encode() for pair in fields.items() for part in pair]
-        reply = await self._run(_RESTORE, self._ledger_keys(tenant), (b"", *self._spans, *flat), POST_TIMEOUT)
-        return reply[1].decode() if reply[0] == b"restored" else ""
+        args = (b"", *self._spans, last.encode(), *flat)
+        reply = await self._run(_RESTORE, self._ledger_keys(tenant), args, POST_TIMEOUT)
+        return cast("str", reply[0].decode())
 
     async def sweep(self, tenants: Iterable[str], dice: Callable[[], float] = random.random) -> Swept:
         """The idle sweep: expires what is due for tenants to which no request comes (I3), and looks after the journals.

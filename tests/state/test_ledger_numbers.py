@@ -111,3 +111,34 @@ async def test_tenants_do_not_share_anything(money: Money) -> None:
     await money.reserve(rid, amount=10)
     await other.reserve(rid, amount=20)
     assert (await money.held(), await other.held()) == ((0, 10, 0), (0, 20, 0))
+
+
+async def test_balances_that_are_lost_admit_nobody(money: Money) -> None:
+    """Faults 52: a deleted hash is no new tenant, whose limit would be none."""
+    await money.limit("month", 1000)
+    rid = new_rid()
+    assert (await money.reserve(rid)).status == "ok"
+    await money.dispatch(rid)
+    await money.raw("DEL", keys.balances(money.tenant))
+    assert (await money.reserve(new_rid())).status == "lost"
+    assert await money.settle(rid) == "settled"  # what was used is posted all the same
+    assert (await money.reserve(new_rid())).status == "lost"
+    last = (await money.journal())[-1].id
+    restore = money.state.ledger.restore
+    fields = {"t:lifetime": "60 0 0", "t:limit": "- 1000 -"}
+    assert await restore(tenant=money.tenant, fields=fields, last="1-0") == "moved"
+    assert await restore(tenant=money.tenant, fields=fields, last=last) == "restored"
+    assert await restore(tenant=money.tenant, fields=fields, last=last) == "kept"
+    assert (await money.reserve(new_rid(), amount=1001)).status == "denied"
+    assert await money.held() == (60, 0, 0)
+
+
+async def test_whoever_begins_with_nothing_is_new(money: Money) -> None:
+    """Not lost: a first call of 0, a settlement nobody reserved, a limit that was lifted again."""
+    called, settled, limited = (Money(money.state, f"{money.tenant}{n}") for n in range(3))
+    await called.reserve(new_rid(), amount=0)
+    await settled.settle(new_rid(), 1, 0)
+    await limited.limit("day", 5)
+    await limited.limit("day", None)
+    for each in (called, settled, limited):
+        assert (await each.reserve(new_rid())).status == "ok"

@@ -259,6 +259,9 @@ class Guardian:
             self._refuse(pending, InsufficientBudget(text))
         elif answer.status == "late":
             self._refuse(pending, DeadlineExceeded())
+        elif answer.status == "lost":  # its limits are not known any more, so it is refused whatever it had
+            text = "This tenant's budget is damaged; the operator has to run `hotpath ledger rebuild`."
+            self._refuse(pending, LedgerDown(text))
         elif answer.status == "stale":  # Redis was away longer than the call waited; nothing was reserved
             self._without_ledger(pending)
         elif answer.status == "refused":  # this delivery was given up already; a later one has the stream

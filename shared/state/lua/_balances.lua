@@ -77,6 +77,18 @@ local function buckets_of(day)
   return string.format('%04d-%02d-%02d', year, month, date), string.format('%04d-%02d', year, month), 'lifetime'
 end
 
+-- A tenant's first balance. The field keeps the hash out of the list encoding, whose look-ups walk past every day that is
+-- kept, by being over 64 bytes; and it tells a new tenant from one whose balances were lost, limits and all (faults 52):
+-- that one is admitted nothing until `hotpath ledger rebuild` has replayed its journal.
+local function begin(guarded)
+  if redis.call('HEXISTS', balances, 'about') == 1 then return end
+  if redis.call('EXISTS', journal) == 0 then
+    redis.call('HSET', balances, 'about', string.rep('balances in nano-USD; ', 3))
+  elseif guarded then
+    error({err = 'LOST the balances of this tenant are gone, its journal is there: hotpath ledger rebuild'})
+  end
+end
+
 -- Adds to the balances of every level of an entry in its day, month and lifetime: everything is read and checked, then
 -- written at once. With `guarded`, writes nothing and returns what is left, the level and the period when a limit would
 -- be passed (I2).
@@ -93,7 +105,7 @@ local function move(entry, settled, pending, held, guarded)
     if guarded then names[at + 4] = level .. ':limit' end
   end
   local size = #names
-  if guarded then names[size + 1] = 'ratio' end
+  if guarded then names[size + 1], names[size + 2] = 'ratio', 'about' end
   local values = redis.call('HMGET', balances, unpack(names))
   local left, which, period, write, w = EXACT, 't', 'lifetime', {}, 0
   for i, level in ipairs(levels) do
@@ -116,14 +128,11 @@ local function move(entry, settled, pending, held, guarded)
       w = w + 2
     end
   end
+  if guarded and not values[size + 2] or not values[3] then begin(guarded) end
   if guarded then
     ratio = tonumber(values[size + 1] or 1000000)
     if pending > 0 and pending > left then return math.max(0, left), which, period end
     if pending == 0 then return end
-  end
-  -- a field over 64 bytes keeps the hash out of the list encoding, whose look-ups walk past every day that is kept
-  if not values[3] then
-    write[w + 1], write[w + 2] = 'about', string.rep('balances in nano-USD; ', 3)
   end
   redis.call('HSET', balances, unpack(write))
 end

@@ -4,6 +4,7 @@
 --
 -- Sets or clears one limit of a level. Keys and their types: _balances.lua.
 -- Returns {'ok'} | {'full'}: as many users as may have a limit have one
+begin(false)
 local level, period, limit, most = ARGV[5], tonumber(ARGV[6]), ARGV[7], tonumber(ARGV[8])
 local field = level .. ':limit'
 local was = redis.call('HGET', balances, field)

@@ -13,6 +13,7 @@ local key, user, day, tokens = ARGV[8], ARGV[9], tonumber(ARGV[10]), tonumber(AR
 local status = 'settled'
 local entry = load()
 if not entry then
+  begin(false)
   entry, status = {'D', 0, 0, 0, day > 0 and day or today, 0, key, user, -1}, 'opened'
 end
 if entry[KEY] == '' then entry[KEY], entry[USER] = key, user end -- voided before it was ever reserved
