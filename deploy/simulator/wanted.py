@@ -6,6 +6,7 @@ Any message text may carry `[[sim key=value ...]]` (the last one holds), whole n
     seed=3        of the text                            tools=2      call so many of the request's tools instead
     mixed=1       text in many scripts                   interleave=1 fragments of parallel calls interleaved
     cached=12     so many prompt tokens read from cache  burst=1      events per write (unpaced: 8)
+    ignore_cap=1  write on past max_tokens, and bill it
 
 and the faults that a prompt may ask for itself: `status delay_ms stall_after cut_after malformed_after error_after`.
 """
@@ -32,7 +33,7 @@ _OWN_TOOLS: Final[list[dict[str, Any]]] = [
 
 _DIRECTIVE: Final = re.compile(r"\[\[sim((?:\s+[a-z_]+=\d{1,9})*)\s*\]\]")
 _PAIR: Final = re.compile(r"([a-z_]+)=(\d+)")
-_KEYS: Final = frozenset(["chunks", "pace", "seed", "tools", "mixed", "interleave", "cached", "burst"])
+_KEYS: Final = frozenset(["chunks", "pace", "seed", "tools", "mixed", "interleave", "cached", "burst", "ignore_cap"])
 FAULT_KEYS: Final = frozenset(["status", "delay_ms", "stall_after", "cut_after", "malformed_after", "error_after"])
 
 
@@ -160,13 +161,14 @@ def parse(raw: bytes, defaults: Defaults) -> Wanted:
         seed = zlib.crc32("\x00".join(texts).encode(), defaults.seed & 0xFFFFFFFF)
     pace = float(dictated.get("pace", defaults.pace_ms if model == "sim-paced" else 0))
     prompt = bill.prompt_tokens(body)
+    cap = _cap(body)
     options = body.get("stream_options")
     return Wanted(
         model=model,
         stream=body.get("stream") is True,
         include_usage=isinstance(options, dict) and options.get("include_usage") is True,
         n=_whole(body, "n", 1, MAX_CHOICES) or 1,
-        cap=_cap(body),
+        cap=None if dictated.get("ignore_cap") else cap,
         seed=seed,
         chunks=min(dictated.get("chunks", defaults.chunks), MAX_TOKENS),
         pace_ms=pace,

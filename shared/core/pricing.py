@@ -36,13 +36,16 @@ def cost(price: Price, usage: Usage) -> int:
 def upper_bound(price: Price, input_tokens: int, output_tokens: int, floor: int) -> int:
     """Nano-USD that no call with at most these tokens can pass, however a provider splits them into parts (D1); at
     least `floor`; 0 when the model is free."""
-    per_input = max(
-        price.input, price.cached_input, price.cache_write_5m, price.cache_write_1h, price.audio_input
-    )  # fmt: skip
+    per_input = dearest_input(price)
     per_output = max(price.output, price.audio_output)
     if per_input == per_output == 0:
         return 0
     return max(-(-(input_tokens * per_input + output_tokens * per_output) // PER), floor)
+
+
+def dearest_input(price: Price) -> int:
+    """What an input token costs at most, whatever part it is counted in."""
+    return max(price.input, price.cached_input, price.cache_write_5m, price.cache_write_1h, price.audio_input)
 
 
 def dearest(prices: Iterable[Price]) -> Price:

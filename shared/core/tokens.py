@@ -87,6 +87,11 @@ def _counter(encoding: Encoding) -> Callable[[str], int]:
     return count
 
 
+def counter(encoding: Encoding) -> Callable[[str], int]:
+    """`count_text` of one table, for those who count a stream."""
+    return _counter(encoding)
+
+
 def count_text(text: str, encoding: Encoding) -> int:
     """Tokens of one text; special tokens in it count as the plain text they are."""
     return _counter(encoding)(text)

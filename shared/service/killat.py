@@ -39,6 +39,8 @@ POINTS: Final = (
     "provider.after_head",  # the answer's head is read, nothing was given out
     "provider.after_delta",  # text is on its way to the client
     "provider.mid_stream",
+    "provider.before_extend",  # more was generated than is reserved, the ledger was not asked
+    "provider.after_extend",  # more is reserved, or denied, and the upstream held
     "provider.before_settle",  # the call has ended, the ledger does not know
     "provider.after_settle",  # settled, the client does not know
     "provider.before_topup",  # a call failed and is settled, the next is not opened

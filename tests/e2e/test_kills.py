@@ -24,7 +24,7 @@ def arms(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory, arms: Path) -> Iterator[Up]:
     """Two of each role, default liveness."""
-    env = {**rounds.SETTINGS, "KILLAT_DIR": str(arms)}
+    env = {**kill_points.SETTINGS, "KILLAT_DIR": str(arms)}
     with Up(tmp_path_factory.mktemp("two"), "--scale", rounds.SCALE, env=env) as running:
         yield running
 

@@ -57,6 +57,15 @@ def test_the_prompt_is_counted_by_the_published_rule() -> None:
     assert prompt_tokens({**plain, "tools": TOOLS}) == prompt_tokens(plain) + ENCODING.count(tools)
 
 
+async def test_a_cap_can_be_ignored(simulator: Simulator) -> None:
+    """A provider that generates past max_tokens bills what it wrote."""
+    asked = body("[[sim chunks=30 ignore_cap=1]]", max_tokens=5)
+    answer = await simulator.whole(asked)
+    assert answer["usage"]["completion_tokens"] == 30
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert [line["output_tokens"] for line in await simulator.lines()] == [30]
+
+
 def test_the_cost_is_rounded_up_once() -> None:
     assert cost(Price(150_000_000, 75_000_000, 600_000_000), 10, 4, 3) == 6 * 150 + 4 * 75 + 3 * 600
     assert cost(Price(1, 1, 1), 1, 0, 1) == 1

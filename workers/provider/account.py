@@ -1,10 +1,11 @@
 """One request's account in the ledger: its first call is won, further ones topped up, each settled once.
 
     dispatch -> settle                        one call
+             -> extend* -> settle             that generates more than was reserved (metering.py)
              -> settle -> top_up -> settle    a further one, under its own number and with its own amount
 
-Each question is asked once again when no answer came or Redis ran it too late; still in doubt, no call is made and what
-may have been opened is settled at 0 behind the answer.
+dispatch and top_up are asked once again when no answer came or Redis ran it too late; still in doubt, no call is made
+and what may have been opened is settled at 0 behind the answer. extend is asked once: a stream waits for it.
 """
 
 from typing import TYPE_CHECKING, Final
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING, Final
 from msgspec import Struct
 
 from shared.service.killat import reach
-from shared.state.base import Dispatched, StateUnavailable
+from shared.state.base import Dispatched, Extended, StateUnavailable
+from shared.state.ledger import MAX_AMOUNT
 from shared.wire import errors
 from shared.wire.messages import Call, ErrorBody
 from workers.provider.notwon import not_won
@@ -104,6 +106,24 @@ class Account:
             return answer.status == "won"
         self._provider.void_doubt(message, self.call + 1)
         return False
+
+    async def extend(self, total: int) -> Extended:
+        """Hold `total` nano-USD in all for the newest call. "missing" stands for no answer, too."""
+        ask = self._message.ask
+        if total > MAX_AMOUNT:
+            return Extended(status="denied")
+        reach("provider.before_extend")
+        try:
+            answer = await self._provider.ledger.extend(
+                tenant=ask.tenant, rid=ask.rid, call=self.call, delivery=ask.delivery,
+                instance=self._provider.instance, total=total, not_after=self._provider.clock.now() + NOT_AFTER_MS,
+            )  # fmt: skip
+        except StateUnavailable:
+            return Extended(status="missing")
+        reach("provider.after_extend")
+        if answer.status == "ok":
+            self.held = answer.amount
+        return answer
 
     async def settle(self, paid: Charge) -> bool:
         """Post what the newest call cost; see Posting."""

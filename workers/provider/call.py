@@ -319,6 +319,8 @@ class Provider:
     def count(self, endpoint: str, ended: Ended) -> None:
         """One ended call, for the metrics; an endpoint that refuses our key, for the operator."""
         result = "ok" if ended.error is None else "cancelled" if ended.cancelled else ended.error.type
+        if ended.cut:
+            result = "cut"
         child = self._results.get((endpoint, result))
         if child is None:
             child = self._results[endpoint, result] = self._calls.labels(endpoint, result)

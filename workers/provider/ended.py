@@ -66,13 +66,15 @@ class Limits(Struct, frozen=True, kw_only=True):
 class Ended(Struct, frozen=True, kw_only=True):
     """How it ended. `body`: a whole answer for the client. `outcome`: for the endpoint's circuit, None = says nothing.
 
-    sent: the upstream may have seen the request. billed: it accepted it (or may have). complete: everything it wrote
-    was read. readable: and understood, so that counting it makes sense. size: bytes of a whole answer that came in
-    part, as announced; 0 for what came whole and was no answer, whose size says nothing.
+    cut: we ended it, since nothing more is paid for; `error` says so, but to the client it is a good end. billed: the
+    upstream accepted it (or may have). complete: everything it wrote was read. readable: and understood, so that
+    counting it makes sense. size: bytes of a whole answer that came in part, as announced; 0 for what came whole and
+    was no answer, whose size says nothing.
     """
 
     error: ErrorBody | None = None
     cancelled: bool = False
+    cut: bool = False
     retryable: bool = False
     same_endpoint: bool = False
     outcome: bool | None = None
@@ -83,6 +85,8 @@ class Ended(Struct, frozen=True, kw_only=True):
     size: int = 0
 
 
+#: Why a stream is cut for which nothing more is paid: no fault of the endpoint, and nothing for another one.
+UNPAID: Final = Failure(errors.InsufficientBudget().body(), retryable=False, same_endpoint=False, endpoint_fault=False)
 #: Of a call that was not made, since its request's time was up.
 TOO_LATE: Final = Ended(error=errors.DeadlineExceeded().body())
 

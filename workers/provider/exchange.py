@@ -3,12 +3,15 @@
 Driven by the connection's callbacks; the request's task sleeps on one future until the `Ended` is known. Phases:
 
     DIAL  -> SENT -> BODY -> over                the good way
-                  -> DRAIN -> over               cancelled, timed out, or broken in mid-body
+                  -> DRAIN -> over               cancelled, timed out, cut, or broken in mid-body
 
 DRAIN counts what was generated: on a plain connection our side is shut down, the upstream notices, and everything it
 wrote before is still read and counted, though nobody gets it: for `drain_s`, and on while there is more, since behind a
 client that did not read megabytes may wait. A TLS connection is aborted (one that was paused is read first, likewise),
 and the settlement adds an allowance for what was on its way.
+
+What is generated may be metered (metering.py): then the upstream is held while more is asked of the ledger, and cut
+when it is denied.
 
 Nothing is given out before something billed has come (`translator.started`): until then another endpoint may serve.
 """
@@ -16,12 +19,14 @@ Nothing is given out before something billed has come (`translator.started`): un
 import asyncio
 from collections.abc import Callable, Mapping
 
+from shared.core.meter import NEVER
 from shared.core.translators.base import Failure, Translator, UpstreamFailure
 from shared.service.killat import reach, reach_soon
 from shared.wire import errors
 from shared.wire.errors import HotpathError, UpstreamError
 from workers.provider.bounds import MAX_DRAIN_S, MAX_PREFIX, TAIL_S
-from workers.provider.ended import Ended, Limits, failure_of, late, slow, unsent
+from workers.provider.ended import UNPAID, Ended, Limits, failure_of, late, slow, unsent
+from workers.provider.metering import Metering
 from workers.provider.reading import Reading
 from workers.provider.upstream import Connection, Lost, Pool
 
@@ -32,14 +37,14 @@ class Exchange:
     """See the module. `out` gets bytes for the client, in order."""
 
     __slots__ = (
-        "_cancelled", "_connection", "_dialling", "_failure", "_future", "_last_event", "_limits", "_loop", "_out",
-        "_paused", "_phase", "_pool", "_prefix", "_reading", "_replaced", "_replacing", "_request", "_stream",
-        "_tail_due", "_timer", "_timer_due", "_translator", "started_at",
+        "_cancelled", "_connection", "_dialling", "_failure", "_future", "_held", "_last_event", "_limits", "_loop",
+        "_metering", "_out", "_paused", "_phase", "_pool", "_prefix", "_reading", "_replaced", "_replacing", "_request",
+        "_stalled", "_stream", "_tail_due", "_timer", "_timer_due", "_translator", "due", "started_at",
     )  # fmt: skip
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, pool: Pool, translator: Translator, limits: Limits, *,
-        stream: bool, out: Callable[[bytes], None],
+        stream: bool, out: Callable[[bytes], None], metering: Metering | None = None,
     ) -> None:  # fmt: skip
         self._loop = loop
         self._pool = pool
@@ -58,7 +63,11 @@ class Exchange:
         self._prefix: list[bytes] = []
         self._failure: Failure | None = None  # why it is being drained
         self._cancelled = False
-        self._paused = False
+        self._metering = metering
+        self.due = NEVER if metering is None else metering.due  # bytes of text at which it looks
+        self._stalled = False  # by the client, who does not read
+        self._held = False  # by us, while the ledger is asked
+        self._paused = False  # one of the two
         self._last_event = 0.0
         self._tail_due = 0.0
         self._timer: asyncio.Handle | None = None
@@ -113,7 +122,7 @@ class Exchange:
         if self._phase == DIAL and self._dialling is not None:
             self._dialling.cancel()
         elif self._phase == BODY and self._tail_due:
-            self.pause(paused=False)  # all was generated, its usage is to come: within TAIL_S
+            self._hold_back(stalled=False, held=False)  # all was generated, its usage is to come: within TAIL_S
         elif self._phase in (SENT, BODY):
             self._drain(late(self._limits, self._loop.time(), silent=self._silent()))
 
@@ -123,12 +132,33 @@ class Exchange:
 
     def pause(self, paused: bool) -> None:
         """The client does not take what there is, or does again."""
+        self._hold_back(stalled=paused, held=self._held)
+
+    @property
+    def generating(self) -> bool:
+        """Whether it is read, and more text may come."""
+        return self._phase == BODY and not self._translator.finished
+
+    def hold(self, held: bool) -> None:
+        """What was generated passes what is reserved, and more is asked for; or it was answered."""
+        self._hold_back(stalled=self._stalled, held=held)
+
+    def _hold_back(self, *, stalled: bool, held: bool) -> None:
+        self._stalled, self._held = stalled, held
+        paused, before = stalled or held, self._paused
         self._paused = paused
-        if self._connection is not None and self._phase in (SENT, BODY):
+        if paused != before and self._connection is not None and self._phase in (SENT, BODY):
             self._connection.pause(paused)
             if not paused:
                 self._last_event = self._loop.time()  # the silence was ours
                 self._arm()
+
+    def cut(self) -> None:
+        """Nothing more is paid for. What was read is given out and will be billed, and so will what is on its way."""
+        if self.generating:
+            self._drain(UNPAID)
+        else:
+            self.hold(held=False)  # it ends by itself
 
     # ---- timers: one handle, set again when it fires too early -------------------------------------------------------
 
@@ -245,12 +275,20 @@ class Exchange:
                 outs.append(out)
         if outs:
             self._give_out()
-        if parser.failed:
+        if parser.failed or translator.done or translator.finished:
+            self._ending()
+        elif translator.written > self.due and self._metering is not None:
+            self._metering.look(self)
+
+    def _ending(self) -> None:
+        """No more text will come of it."""
+        translator = self._translator
+        if self._reading.parser.failed:
             self._reading.readable = False
             self._drain(failure_of(errors.UpstreamInvalid("The provider sent an event that is too large.")))
         elif translator.done:
             self._complete()
-        elif translator.finished and not self._tail_due:
+        elif not self._tail_due:
             self._tail_due = self._last_event + TAIL_S
             self._arm()
 
@@ -300,6 +338,8 @@ class Exchange:
 
     def _drain(self, failure: Failure) -> None:
         self._give_out()
+        if failure is UNPAID:
+            self._translator.cut()
         self._failure = failure
         self._phase = DRAIN
         connection = self._connection

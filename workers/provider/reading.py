@@ -13,7 +13,7 @@ from shared.core.translators.base import Failure, Translator, UpstreamFailure
 from shared.core.translators.failures import MAX_BODY as MAX_ERROR_BODY
 from shared.wire import errors
 from shared.wire.errors import HotpathError
-from workers.provider.ended import Ended, content_length, mode_of, refused
+from workers.provider.ended import UNPAID, Ended, content_length, mode_of, refused
 
 
 class Reading:
@@ -96,6 +96,7 @@ class Reading:
         return Ended(
             error=failure.error,
             cancelled=cancelled,
+            cut=failure is UNPAID,
             retryable=failure.retryable and not self._translator.started,
             same_endpoint=failure.same_endpoint,
             outcome=False if failure.endpoint_fault else None,

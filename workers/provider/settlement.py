@@ -112,7 +112,7 @@ class _Tokens(Struct):
     output_tokens: int
 
 
-class _Payload(Struct):
+class _Payload(Struct, omit_defaults=True):
     request_id: str
     guardian: str
     estimated_cost: str
@@ -125,10 +125,13 @@ class _Payload(Struct):
     calls: int
     usage: _Tokens
     estimated: bool
+    cut: str = ""
 
 
-def payload(ask: Ask, admission: Admission, step: Step, call: int, paid: Charge, efficiency: float) -> bytes:
-    """The JSON of D5."""
+def payload(
+    ask: Ask, admission: Admission, step: Step, call: int, paid: Charge, efficiency: float, cut: str = ""
+) -> bytes:
+    """The JSON of D5; `cut`: why the stream was ended before its provider ended it."""
     return _json(
         _Payload(
             ask.rid,
@@ -143,5 +146,6 @@ def payload(ask: Ask, admission: Admission, step: Step, call: int, paid: Charge,
             call,
             _Tokens(paid.usage.input_tokens, paid.usage.cache_read, paid.usage.output_tokens),
             paid.estimated,
+            cut,
         )
     )

@@ -7,7 +7,7 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Final
 
-from shared.core import tokens
+from shared.core import pricing, tokens
 from shared.core.translators.base import Translator
 from shared.service.killat import reach_soon
 from shared.wire import errors
@@ -19,6 +19,7 @@ from workers.provider.account import Account
 from workers.provider.ended import TOO_LATE, Ended, Limits
 from workers.provider.exchange import Exchange
 from workers.provider.gate import ORDINARY
+from workers.provider.metering import Metering
 from workers.provider.mux import Channel
 from workers.provider.order import Tried, remaining
 from workers.provider.settlement import Charge
@@ -154,7 +155,7 @@ class Walk:
         self._tell(ended.outcome)
         paid = await self._charge(target, translator, ended)
         settled = await self._account.settle(paid)
-        if ended.error is None:
+        if ended.error is None or ended.cut:
             self._finish(target, translator, ended, paid, settled)
             return None
         provider.count(target.step.endpoint, ended)
@@ -203,13 +204,18 @@ class Walk:
             chain_until=self._chain_until if self._tried else None,
         )  # fmt: skip
         label = ((names.REQUEST_ID, f"{ask.rid}.{self._account.call}"), *request.headers)
-        exchange = Exchange(provider.loop, target.pool, translator, limits, stream=ask.stream, out=self._write)
+        metering = self._metering(target, translator)
+        exchange = Exchange(
+            provider.loop, target.pool, translator, limits, stream=ask.stream, out=self._write, metering=metering
+        )
         self._exchange = exchange
         self._left_at = time.perf_counter()
         try:
             return await exchange.run(target.pool.origin.request(request.path, label, request.body))
         finally:
             self._exchange = None
+            if metering is not None:
+                await metering.done()
 
     def _write(self, data: bytes) -> None:
         """Bytes of a stream."""
@@ -227,13 +233,27 @@ class Walk:
 
     # ---- money -------------------------------------------------------------------------------------------------------
 
+    def _metering(self, target: "Target", translator: Translator) -> Metering | None:
+        """Of a stream something is reserved for; a whole answer is settled in full when it is there."""
+        ask, admission = self._message.ask, self._message.admission
+        if not (ask.stream and admission.reserved):
+            return None
+        return Metering(
+            self._account, translator, self._encoding(target),
+            price=pricing.price_of(admission, target.step), prompt=admission.input_tokens,
+            floor=self._provider.settings.budget_min_reservation, hard=admission.hard,
+        )  # fmt: skip
+
+    def _encoding(self, target: "Target") -> tokens.Encoding:
+        model = self._provider.catalog.models.get(self._message.ask.model)
+        return model.encoding if model is not None else tokens.encoding_for(target.step.model)
+
     async def _charge(self, target: "Target", translator: Translator, ended: Ended) -> Charge:
         message = self._message
         model = self._provider.catalog.models.get(message.ask.model)
-        encoding = model.encoding if model is not None else tokens.encoding_for(target.step.model)
         hides = model.hidden_reasoning if model is not None else tokens.hides_reasoning(target.step.model)
         hidden = int((time.perf_counter() - self._left_at) * tokens.HIDDEN_PER_S) + 1 if hides else 0
-        args = (message.ask, message.admission, target.step, translator, ended, encoding, hidden)
+        args = (message.ask, message.admission, target.step, translator, ended, self._encoding(target), hidden)
         if ended.billed and not (translator.usage is not None and translator.finished):  # it will have to count
             size = len(message.ask.body) + sum(len(text) for text, _ in translator.texts())
             if size > COUNT_INLINE:
@@ -282,9 +302,12 @@ class Walk:
         message = self._message
         ask, admission, step = message.ask, message.admission, target.step
         assert self._channel is not None
+        if ended.cut:
+            translator.close(paid.usage.input_tokens, paid.usage.cache_read, paid.usage.output_tokens)
         call, efficiency = self._account.call, settlement.efficiency(message, translator, paid)
-        x_br = settlement.payload(ask, admission, step, call, paid, efficiency) if ask.stream else b""
+        x_br = b""
         if ask.stream:
+            x_br = settlement.payload(ask, admission, step, call, paid, efficiency, "budget" if ended.cut else "")
             tail = translator.tail(x_br if ask.done == "inline" else b"")
             if tail:
                 self._write(tail)

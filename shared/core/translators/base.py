@@ -5,6 +5,7 @@ A `Dialect` is made once; it makes one `Translator` for each upstream call, whic
     request(...)        what to send
     feed(payload)       one SSE payload in -> bytes ready for the client out (b"" = nothing yet)
     finish(rest, stray) the bytes ended: raises unless the stream had ended well
+    cut()               nothing more is paid for: what still comes is only counted; then `close(...)` ends the stream
     tail(x_br)          what was held back until usage was known and the call settled
     whole(body)         a whole answer
     failure(...)        a status that is not 200
@@ -12,7 +13,7 @@ A `Dialect` is made once; it makes one `Translator` for each upstream call, whic
 Nothing here knows sockets, clocks or money.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from msgspec import Struct
@@ -116,6 +117,13 @@ class Translator(Protocol):
         """The stream's bytes ended; `rest` and `stray` are the parser's. Raises UpstreamTruncated, UpstreamInvalid or
         UpstreamFailure when it did not end well."""
 
+    def cut(self) -> None:
+        """The client gets no more of it, though more may come: the choices that are open now stay so for `close`."""
+
+    def close(self, prompt: int, cached: int, completion: int) -> None:
+        """After `cut`: end each open choice as one that came to its cap, with the tokens it is charged as its usage.
+        `tail` gives it."""
+
     def tail(self, x_br: bytes) -> bytes:
         """What was held back; `x_br` (JSON, or b"") goes into its last chunk with a finish_reason (D5)."""
 
@@ -136,6 +144,13 @@ class Translator(Protocol):
 
     def spoken(self) -> list[Spoken]:
         """What was said, by choice."""
+
+    @property
+    def written(self) -> int:
+        """Bytes of generated text so far: no token is shorter."""
+
+    def tokens(self, count: Callable[[str], int]) -> int:
+        """What `texts` and `uncounted` come to by this table; asked again, only what is new is counted."""
 
     def uncounted(self) -> int:
         """Bytes of generated text beyond what `texts` keeps: count a token each (no token is shorter)."""

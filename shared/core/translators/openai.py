@@ -9,17 +9,20 @@ held back, since the last one with a finish_reason carries the payload of D5, kn
 
     feed(chunk)*      -> the chunk | b"" (held, or the usage chunk of a client that did not ask)
     feed([DONE]) or finish() at the end of the bytes; then `tail(x_br)` -> what was held
+
+A stream that is cut since nothing more is paid for ends as one that came to its cap: a chunk with `"finish_reason":
+"length"` for each choice that was open, an open tool call with the arguments it has so far.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import msgspec
 from msgspec import Raw, Struct
 
 from shared.core import sse
-from shared.core.translators import failures, usage
+from shared.core.translators import ending, failures, usage
 from shared.core.translators.base import Failure, Headers, Request, Spoken, UpstreamFailure, Usage
 from shared.core.translators.texts import MAX_PIECES, MAX_TEXT, Texts, strings
 from shared.wire.errors import UpstreamInvalid, UpstreamTruncated
@@ -33,7 +36,6 @@ MAX_HELD: Final = 256
 MAX_HELD_BYTES: Final = 262_144
 MAX_REASON: Final = 64  # characters of a finish_reason; OpenAI's longest has 14
 
-_SHARED: Final[tuple[str, ...]] = ("id", "created", "model", "system_fingerprint")  # of an answer and its chunks
 _CAP_FIELDS: Final[tuple[str, ...]] = ("max_completion_tokens", "max_tokens")
 
 
@@ -88,8 +90,8 @@ class OpenAITranslator:
     """See base.Translator."""
 
     __slots__ = (
-        "_asked_usage", "_choices", "_finished", "_held", "_held_size", "_open", "_reasons", "_secrets", "_texts",
-        "done", "finished", "started", "usage", "usage_sent",
+        "_asked_usage", "_choices", "_cut", "_finished", "_held", "_held_size", "_open", "_reasons", "_sample",
+        "_secrets", "_texts", "done", "finished", "started", "usage", "usage_sent",
     )  # fmt: skip
 
     def __init__(self, ask: Ask, secrets: tuple[str, ...]) -> None:
@@ -106,6 +108,8 @@ class OpenAITranslator:
         self._reasons: dict[int, str] = {}  # and which
         self._held: list[tuple[bytes, bool]] = []  # payload, whether it carries a finish_reason
         self._held_size = 0
+        self._sample = b""  # a chunk of it, for the fields that all have
+        self._cut: list[int] | None = None  # the choices that were open then
         self._texts = Texts()
 
     # ---- what to send ------------------------------------------------------------------------------------------------
@@ -158,7 +162,7 @@ class OpenAITranslator:
         ):
             return False
         self.started = True
-        texts.kept += len(content)
+        texts.kept += len(content) if content.isascii() else len(content.encode())
         texts.main.append(content)
         return True
 
@@ -194,13 +198,15 @@ class OpenAITranslator:
             event = sse.encode(payload)
         except ValueError as exc:  # NotJson and UnicodeDecodeError
             raise UpstreamInvalid from exc
+        if chunk.choices:
+            self._sample = payload
         if chunk.usage is not None:
             self.usage_sent = chunk.usage
             self.usage = usage.read(chunk.usage) or self.usage
             if not chunk.choices:
                 return self._pass(event) if self._asked_usage else b""
         finishes, goes_on = self._read(chunk.choices or [])
-        if goes_on and self._held:  # a choice was still to come: what is held was not the last
+        if goes_on and self._held and self._cut is None:  # a choice was still to come: what is held was not the last
             return self._release() + (self._pass(event, finishes=True) if finishes else event)
         return self._pass(event, finishes=finishes)
 
@@ -228,6 +234,8 @@ class OpenAITranslator:
 
     def _pass(self, event: bytes, *, finishes: bool = False) -> bytes:
         """The event, or b"" when it is held back."""
+        if self._cut is not None:
+            return b""
         if not finishes and not self._held:
             return event
         self._held.append((event, finishes))
@@ -263,12 +271,24 @@ class OpenAITranslator:
             out += self._end()
         return out
 
+    def cut(self) -> None:
+        """See base.Translator."""
+        self._cut = [index for index in range(self._choices) if index not in self._finished]
+
+    def close(self, prompt: int, cached: int, completion: int) -> None:
+        """See base.Translator."""
+        self._reasons.update(dict.fromkeys(self._cut or (), "length"))
+        events = ending.by_cap(self._sample, self._cut or (), self._open, usage=self._asked_usage)
+        self._held += [(event, True) for event in events]
+        if self._asked_usage:
+            self._held.append((ending.used(self._sample, prompt, cached, completion), False))
+
     def tail(self, x_br: bytes) -> bytes:
         """The held chunks; see base.Translator."""
         if x_br:
             last = next((i for i in range(len(self._held) - 1, -1, -1) if self._held[i][1]), None)
             if last is not None:
-                self._held[last] = (_insert(self._held[last][0], x_br), True)
+                self._held[last] = (ending.insert(self._held[last][0], x_br), True)
         return self._release()
 
     # ---- a whole answer ----------------------------------------------------------------------------------------------
@@ -305,8 +325,7 @@ class OpenAITranslator:
         """One chunk with every choice's message as its delta, one with the finish reasons (held), the usage."""
         body, choices = self._whole(body)
         fields = _fields(body)
-        base: dict[str, Any] = {name: fields[name] for name in _SHARED if name in fields}
-        base["object"] = "chat.completion.chunk"
+        base = ending.base(body)
         deltas, ends = [], []
         for number, choice in enumerate(choices):
             index = choice.get("index", number)
@@ -331,6 +350,15 @@ class OpenAITranslator:
     def spoken(self) -> list[Spoken]:
         """See base.Translator."""
         return self._texts.spoken(self._reasons)
+
+    @property
+    def written(self) -> int:
+        """See base.Translator."""
+        return self._texts.kept
+
+    def tokens(self, count: Callable[[str], int]) -> int:
+        """See base.Translator."""
+        return self._texts.tokens(count)
 
     def uncounted(self) -> int:
         """See base.Translator."""
@@ -366,13 +394,3 @@ def _as_delta(message: dict[str, Any]) -> dict[str, Any]:
 def _lenient(payload: bytes) -> bytes:
     """Raises ValueError (RecursionError) for what is not JSON even so."""
     return json.dumps(json.loads(payload, parse_constant=lambda _: None), separators=(",", ":")).encode()
-
-
-def _insert(event: bytes, x_br: bytes) -> bytes:
-    """The event with `"x_br"` as its last key; one that the provider sent is replaced."""
-    payload = event[6:-2].strip()
-    if b'"x_br"' in payload:
-        fields = _fields(payload)
-        fields.pop("x_br", None)
-        payload = _json(fields)
-    return b"data: " + payload[:-1] + b',"x_br":' + x_br + b"}\n\n"

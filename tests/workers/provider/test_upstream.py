@@ -426,6 +426,28 @@ async def test_a_paused_stream_is_not_idle() -> None:
         assert (await running).error is None
 
 
+async def test_held_for_the_ledger_and_paused_for_the_client() -> None:
+    """DESIGN 4: it is read again when neither is left, whichever went first."""
+    for first in ("hold", "pause"):
+        async with client_of(after_request(STREAM, close=False)) as (client, _):
+            out: list[bytes] = []
+            exchange, _translator = client.exchange(out, idle_s=0.1)
+            running = asyncio.create_task(exchange.run(client.request()))
+            exchange.pause(paused=True)
+            exchange.hold(held=True)
+            await asyncio.sleep(0.02)
+            if first == "hold":
+                exchange.hold(held=False)
+            else:
+                exchange.pause(paused=False)
+            await asyncio.sleep(0.15)
+            assert not running.done()
+            assert out == []
+            exchange.hold(held=False)
+            exchange.pause(paused=False)
+            assert (await running).error is None
+
+
 # ---- cancel: half-close, then drain ----------------------------------------------------------------------------------
 
 
@@ -663,8 +685,10 @@ async def test_nobody_there() -> None:
         assert (ended.error.status, ended.retryable, ended.billed, ended.outcome) == (502, True, False, False)
 
 
-async def test_tls_that_was_paused_is_read_before_it_is_aborted() -> None:
-    """I1: TLS has no half-close here, but what waited for a client that did not read was generated and is billed."""
+@pytest.mark.parametrize("how", ["paused", "held"])
+async def test_tls_that_was_paused_is_read_before_it_is_aborted(how: str) -> None:
+    """I1: TLS has no half-close here, but what waited for a client that did not read, or for the ledger, was generated
+    and is billed. Held and then cut: the client gets none of it."""
     pem = Path(__file__).parent / "localhost.pem"
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(pem)
@@ -683,12 +707,19 @@ async def test_tls_that_was_paused_is_read_before_it_is_aborted() -> None:
         running = asyncio.create_task(exchange.run(client.request()))
         while not out:
             await asyncio.sleep(0.002)
-        exchange.pause(paused=True)
+        if how == "paused":
+            exchange.pause(paused=True)
+        else:
+            exchange.hold(held=True)
         await asyncio.sleep(0.2)
         assert translator.texts() == [("a", 1)]
-        exchange.cancel()
+        if how == "paused":
+            exchange.cancel()
+        else:
+            exchange.cut()
         ended = await running
-        assert (ended.cancelled, ended.complete, ended.billed) == (True, False, True)
+        assert (ended.cancelled, ended.cut) == (how == "paused", how == "held")
+        assert (ended.complete, ended.billed, len(out)) == (False, True, 1)
         assert translator.texts() == [("a" + "x" * 5000, 5001)]
         client.pool.close()
         await asyncio.sleep(0.01)
