@@ -1,11 +1,12 @@
-"""What `hotpath keys|budget` changes: tenants, keys, limits. Each change and its announcement are one transaction.
+"""What `hotpath keys|tenant` and the admin API change: tenants, keys, policies. Each change and its announcement are
+one transaction, which every process has seen 500 ms later.
 
 (One transaction over two hash tags: the registry wants one Redis, not a cluster. The ledger's scripts do not care.)
 """
 
 import re
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
 from hiredis import ReplyError
@@ -16,7 +17,17 @@ from shared.state.base import StateUnavailable
 from shared.state.books import MAX_AMOUNT
 from shared.state.keys import Period
 from shared.state.pipeline import Pipeline
-from shared.state.registry import DEFAULT_TENANT, KEY_ID_LENGTH, KEY_PREFIX, digest
+from shared.state.policies import (
+    KeyChange,
+    KeyPolicy,
+    TenantChange,
+    TenantPolicy,
+    key_fields,
+    read_key,
+    read_tenant,
+    tenant_fields,
+)
+from shared.state.registry import BOOTSTRAP_KEY, DEFAULT_TENANT, KEY_ID_LENGTH, KEY_PREFIX, digest
 from shared.state.scripts import load
 
 #: What an operator may call a tenant: it appears in logs and metrics.
@@ -44,6 +55,17 @@ class KeyInfo(Struct, frozen=True, kw_only=True):
     synthetic: bool
     created: int
     revoked: int = 0
+    policy: KeyPolicy = KeyPolicy()
+
+
+class TenantInfo(Struct, frozen=True, kw_only=True):
+    """One tenant; `created` is ms since 1970, 0 for `default`, which was always there."""
+
+    tenant_id: str
+    tenant: str
+    synthetic: bool
+    created: int
+    policy: TenantPolicy
 
 
 def _opaque() -> str:
@@ -52,6 +74,40 @@ def _opaque() -> str:
 
 def _announcement(tenant: str) -> tuple[bytes | str, ...]:
     return (b"EVAL", _ANNOUNCE.text, b"2", keys.REGISTRY_VERSION, keys.REGISTRY_CHANGES, tenant)
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode("utf-8", "replace")
+
+
+def _name(tenant: str, fields: Mapping[bytes, bytes]) -> str:
+    return tenant if tenant == DEFAULT_TENANT else _text(fields.get(b"name", b""))
+
+
+def _number(fields: Mapping[bytes, bytes], name: str) -> int:
+    text = fields.get(name.encode(), b"0")
+    return int(text) if text.isdigit() else 0
+
+
+def _key_info(tenant: str, key_id: str, fields: Mapping[bytes, bytes]) -> KeyInfo:
+    return KeyInfo(
+        key_id=key_id,
+        tenant_id=tenant,
+        tenant=_name(tenant, fields),
+        synthetic=fields.get(b"synthetic") == b"1",
+        created=_number(fields, f"made:{key_id}"),
+        revoked=_number(fields, f"revoked:{key_id}"),
+        policy=read_key(fields, key_id)[0],
+    )
+
+
+def _writes(tenant: str, fields: Mapping[str, str | None]) -> list[tuple[bytes | str, ...]]:
+    """The commands that write fields of a tenant's config, and delete those that are None."""
+    conf = keys.config(tenant)
+    return [
+        (b"HDEL", conf, name) if value is None else (b"HSET", conf, name, value.encode())
+        for name, value in fields.items()
+    ]
 
 
 async def announce(pipeline: Pipeline, tenant: str) -> None:
@@ -69,19 +125,31 @@ class Admin:
         self._pepper = pepper.encode()
 
     async def create_key(
-        self, tenant_name: str, limit: int | None = None, period: Period = "month", *, synthetic: bool = False
+        self,
+        tenant_name: str,
+        limit: int | None = None,
+        period: Period = "month",
+        *,
+        synthetic: bool = False,
+        key_limits: Mapping[Period, int] | None = None,
+        change: KeyChange | None = None,
     ) -> NewKey:
-        """Make a key, and the tenant with it when the name is new. `limit` (nano-USD) is the tenant's, set when given.
+        """Make a key, and the tenant with it when the name is new. `limit` (nano-USD) is the tenant's, set when given;
+        `key_limits` are the key's own, `change` says what it may do.
 
-        Raises ValueError for a name, period or limit that cannot be, and for a real tenant to be made synthetic: its
-        money would be open to direct publishers.
+        Raises ValueError for a name, period, limit or policy that cannot be, and for a real tenant to be made
+        synthetic: its money would be open to direct publishers.
         """
         if not TENANT_NAME.fullmatch(tenant_name):
             raise ValueError(f"a tenant's name is letters, digits, '.', '_' and '-', at most 64: {tenant_name[:80]!r}")
-        if period not in keys.PERIODS or (limit is not None and not 0 <= limit <= MAX_AMOUNT):
-            raise ValueError(f"not a limit: {limit} per {period}")
-        tenant = await self._tenant(tenant_name)
+        limits: list[tuple[str, Period, int]] = [] if limit is None else [("t", period, limit)]
         made = _opaque()
+        limits += [(f"k:{made}", key_period, amount) for key_period, amount in (key_limits or {}).items()]
+        for _, each, amount in (*limits, ("t", period, 0)):
+            if each not in keys.PERIODS or not 0 <= amount <= MAX_AMOUNT:
+                raise ValueError(f"not a limit: {amount} per {each}")
+        policy = key_fields(change or KeyChange(), made)
+        tenant = await self._tenant(tenant_name)
         key = KEY_PREFIX.decode() + made + "_" + secrets.token_urlsafe(32)
         now = await self._now()
         conf = keys.config(tenant)
@@ -93,48 +161,89 @@ class Admin:
             (b"HSETNX", conf, "created", now),
             (b"HSETNX", keys.REGISTRY_KEYS, made, tenant),
             (b"HSET", keys.REGISTRY_TENANTS, tenant, tenant_name),
+            *_writes(tenant, policy),
         ]
         if synthetic:
             changes.append((b"HSET", conf, "synthetic", 1))
-        if limit is not None:  # first: no key is ever good without it
-            await self._set_limit(tenant=tenant, period=period, limit=limit)
+        for level, each, amount in limits:  # first: no key is ever good without them
+            await self._set_limit(tenant=tenant, period=each, limit=amount, level=level)
         await self._atomically(*changes, _announcement(tenant))
         return NewKey(key=key, key_id=made, tenant_id=tenant)
 
-    async def revoke_key(self, key_id: str) -> bool:
-        """Revoke a key everywhere within a second; False when there is none of that id."""
-        if not keys.OPAQUE.fullmatch(key_id):
-            return False
-        tenant = await self._pipeline.execute(b"HGET", keys.REGISTRY_KEYS, key_id, within=_TIMEOUT)
+    async def set_key(self, key_id: str, change: KeyChange) -> bool:
+        """Change what a key may do; False when there is none of that id. Raises ValueError (policy)."""
+        fields = key_fields(change, key_id)
+        tenant = await self.tenant_of(key_id)
         if tenant is None:
             return False
-        name = tenant.decode()
+        await self._atomically(*_writes(tenant, fields), _announcement(tenant))
+        return True
+
+    async def set_policy(self, tenant: str, change: TenantChange) -> None:
+        """Change what holds for a tenant (its id). Raises ValueError (policy)."""
+        await self._atomically(*_writes(tenant, tenant_fields(change)), _announcement(tenant))
+
+    async def revoke_key(self, key_id: str) -> bool:
+        """Revoke a key everywhere within a second; False when there is none of that id."""
+        tenant = await self.tenant_of(key_id)
+        if tenant is None or key_id == BOOTSTRAP_KEY:  # that one lives in the settings
+            return False
         await self._atomically(
-            (b"HSETNX", keys.config(name), f"revoked:{key_id}", await self._now()), _announcement(name)
+            (b"HSETNX", keys.config(tenant), f"revoked:{key_id}", await self._now()), _announcement(tenant)
         )
         return True
 
-    async def list_keys(self) -> list[KeyInfo]:
-        """Every key ever made, revoked ones too; not the bootstrap key, which lives in the settings."""
-        flat = await self._pipeline.execute(b"HKEYS", keys.REGISTRY_TENANTS, within=_TIMEOUT)
-        found = []
-        for tenant in (each.decode() for each in flat):
-            pairs = await self._pipeline.execute(b"HGETALL", keys.config(tenant), within=_TIMEOUT)
-            texts = [each.decode() for each in pairs]
-            fields = dict(zip(texts[::2], texts[1::2], strict=True))
-            found += [
-                KeyInfo(
-                    key_id=key_id,
-                    tenant_id=tenant,
-                    tenant=fields.get("name", ""),
-                    synthetic=fields.get("synthetic") == "1",
-                    created=int(fields.get(f"made:{key_id}", 0)),
-                    revoked=int(fields.get(f"revoked:{key_id}", 0)),
-                )
-                for kind, _, key_id in (field.partition(":") for field in fields)
-                if kind == "key"
-            ]
+    async def tenant_of(self, key_id: str) -> str | None:
+        """The id of the tenant a key belongs to, revoked or not."""
+        if key_id == BOOTSTRAP_KEY:
+            return DEFAULT_TENANT
+        if not keys.OPAQUE.fullmatch(key_id):
+            return None
+        tenant = await self._pipeline.execute(b"HGET", keys.REGISTRY_KEYS, key_id, within=_TIMEOUT)
+        return None if tenant is None else str(tenant.decode())
+
+    async def list_keys(self, tenant: str | None = None) -> list[KeyInfo]:
+        """Every key ever made (of the tenant with this id), revoked ones too; not the bootstrap key, which lives in the
+        settings."""
+        found: list[KeyInfo] = []
+        for each, fields in await self._configs(tenant):
+            made = [name.removeprefix("key:") for name in map(_text, fields) if name.startswith("key:")]
+            found += [_key_info(each, key_id, fields) for key_id in made]
         return sorted(found, key=lambda each: (each.tenant, each.created, each.key_id))
+
+    async def key(self, key_id: str) -> KeyInfo | None:
+        """One key, the bootstrap key too."""
+        tenant = await self.tenant_of(key_id)
+        if tenant is None:
+            return None
+        ((_, fields),) = await self._configs(tenant)
+        return _key_info(tenant, key_id, fields)
+
+    async def list_tenants(self, tenant: str | None = None) -> list[TenantInfo]:
+        """Every tenant (or the one with this id), `default` too."""
+        found = [
+            TenantInfo(
+                tenant_id=each,
+                tenant=_name(each, fields),
+                synthetic=fields.get(b"synthetic") == b"1",
+                created=_number(fields, "created"),
+                policy=read_tenant(fields)[0],
+            )
+            for each, fields in await self._configs(tenant)
+        ]
+        return sorted(found, key=lambda each: each.tenant)
+
+    async def _configs(self, tenant: str | None) -> list[tuple[str, dict[bytes, bytes]]]:
+        """Tenant ids with their config hashes: of one, else of all."""
+        tenants = [tenant] if tenant else [DEFAULT_TENANT]
+        if not tenant:
+            stored = await self._pipeline.execute(b"HKEYS", keys.REGISTRY_TENANTS, within=_TIMEOUT)
+            tenants += [each for each in map(_text, stored) if each != DEFAULT_TENANT]
+        found = []
+        for each in tenants:
+            flat = await self._pipeline.execute(b"HGETALL", keys.config(each), within=_TIMEOUT)
+            found.append((each, dict(zip(flat[::2], flat[1::2], strict=True))))
+        return found
 
     async def tenant_by_name(self, name: str) -> str | None:
         """The id of the tenant of that name."""

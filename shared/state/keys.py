@@ -70,8 +70,13 @@ def ledger(tenant: str) -> tuple[bytes, ...]:
 
 
 def config(tenant: str) -> bytes:
-    """Hash: name, synthetic (0|1), created (ms), key:<id> -> HMAC in hex, made:<id> and revoked:<id> -> ms."""
+    """Hash: name, synthetic (0|1), created (ms), key:<id> -> HMAC in hex, made:<id> and revoked:<id> -> ms;
+    and the policies of policies.py."""
     return f"{_tag(tenant)}:conf".encode()
+
+
+#: Field of the balances: how many users have a limit.
+USERS: Final = b"users"
 
 
 def limit_field(level: str = TENANT_LEVEL) -> bytes:

@@ -7,6 +7,7 @@ and 27 MB in each process, and its retries would have to be switched off one by 
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from functools import partial
 from typing import Final
 
@@ -19,6 +20,7 @@ from shared.state.clock import SharedClock
 from shared.state.keys import Period
 from shared.state.ledger import SCRIPTS, RedisLedger
 from shared.state.pipeline import Pipeline
+from shared.state.policies import KeyChange
 from shared.state.registry import RedisRegistry
 from shared.state.resp import pack
 from shared.state.scripts import Scripts
@@ -64,12 +66,13 @@ class State:
             snapshot_ms=settings.ledger_snapshot_ms,
             announce=partial(announce, self._side),
         )
-        self._admin = Admin(self._side, pepper=settings.key_pepper, set_limit=self.ledger.set_limit)
+        self.admin: Final = Admin(self._side, pepper=settings.key_pepper, set_limit=self.ledger.set_limit)
         self.registry = RedisRegistry(
             self._side,
             pepper=settings.key_pepper,
             bootstrap_key=settings.gateway_api_key,
             monotonic=self.clock.monotonic,
+            now=self.clock.now,
             wake=self._wake.set,
         )
         self.circuits = RedisCircuits(
@@ -129,30 +132,39 @@ class State:
             return False
         return True
 
-    # ---- the admin calls: `hotpath keys`, `hotpath budget`, `hotpath ledger show` ------------------------------------
-
     @property
     def waiting(self) -> int:
         """Calls that Redis has not answered."""
         return self._hot.waiting + self._side.waiting
 
+    # ---- the admin calls most asked for; `admin` and `ledger` have the rest ------------------------------------------
+
     async def create_key(
-        self, tenant_name: str, limit: int | None = None, period: Period = "month", *, synthetic: bool = False
+        self,
+        tenant_name: str,
+        limit: int | None = None,
+        period: Period = "month",
+        *,
+        synthetic: bool = False,
+        key_limits: Mapping[Period, int] | None = None,
+        change: KeyChange | None = None,
     ) -> NewKey:
         """See Admin.create_key."""
-        return await self._admin.create_key(tenant_name, limit, period, synthetic=synthetic)
+        return await self.admin.create_key(
+            tenant_name, limit, period, synthetic=synthetic, key_limits=key_limits, change=change
+        )
 
     async def list_keys(self) -> list[KeyInfo]:
         """See Admin.list_keys."""
-        return await self._admin.list_keys()
+        return await self.admin.list_keys()
 
     async def revoke_key(self, key_id: str) -> bool:
         """See Admin.revoke_key."""
-        return await self._admin.revoke_key(key_id)
+        return await self.admin.revoke_key(key_id)
 
     async def tenant_by_name(self, name: str) -> str | None:
         """See Admin.tenant_by_name."""
-        return await self._admin.tenant_by_name(name)
+        return await self.admin.tenant_by_name(name)
 
     async def set_limit(self, tenant: str, period: Period, limit: int | None, level: str = "t") -> None:
         """Set or clear a limit in nano-USD of the tenant or another level. Raises ValueError, StateUnavailable."""

@@ -3,16 +3,20 @@
 A key is `br_live_<key id>_<secret>`. Only HMAC-SHA-256(KEY_PEPPER, key) is stored (D7): keys have 256 random bits, so a
 slow password hash would cost milliseconds and protect nothing. GATEWAY_API_KEY is the key `bootstrap` of the tenant
 `default`, known to every process from its settings (D16).
+
+Policies are read as policies.py says: what is damaged fails towards safety.
 """
 
 import hmac
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+import msgspec
 from hiredis import ReplyError
 from msgspec import Struct
 
-from shared.state import keys
+from shared.state import keys, policies
 from shared.state.base import Principal, StateUnavailable
 from shared.state.pipeline import Pipeline
 
@@ -35,6 +39,8 @@ UNKNOWN_S: Final = 1.0
 #: Look-ups of unknown keys under way at once.
 FETCHES: Final = 32
 
+_log: Final = logging.getLogger("hotpath.state")
+
 _TIMEOUT: Final = 1.0
 _NOBODY: Final = bytes(32)
 
@@ -47,6 +53,28 @@ class _Record(Struct, frozen=True):
 def digest(pepper: bytes, token: bytes) -> bytes:
     """What is stored of a key (D7)."""
     return hmac.digest(pepper, token, "sha256")
+
+
+def _live(tenant: str, fields: Mapping[bytes, bytes]) -> list[str]:
+    """The ids of a tenant's keys that were not revoked."""
+    made = [field[4:].decode("ascii", "replace") for field in fields if field.startswith(b"key:")]
+    live = [key for key in made if keys.OPAQUE.fullmatch(key) and f"revoked:{key}".encode() not in fields]
+    return [*live, BOOTSTRAP_KEY] if tenant == DEFAULT_TENANT else live
+
+
+def _digest(text: bytes) -> bytes:
+    """A stored digest; empty for what is none."""
+    try:
+        found = bytes.fromhex(text.decode())
+    except ValueError:
+        return b""
+    return found if len(found) == len(_NOBODY) else b""
+
+
+def _limits(tenant: str, fields: Mapping[bytes, bytes]) -> tuple[bytes, ...]:
+    """The command that reads what `_install` wants to know of the limits."""
+    of_keys = [keys.limit_field(f"k:{key}") for key in _live(tenant, fields)]
+    return b"HMGET", keys.balances(tenant), keys.USERS, keys.limit_field(), *of_keys
 
 
 def key_id(token: bytes) -> bytes:
@@ -66,12 +94,15 @@ class RedisRegistry:
         pepper: str,
         bootstrap_key: str,
         monotonic: Callable[[], float],
+        now: Callable[[], int],
         wake: Callable[[], None],
     ) -> None:
-        """`pipeline` is not the one of the hot calls (long replies); `wake` makes the poll run now."""
+        """`pipeline` is not the one of the hot calls (long replies); `now` is the shared clock, by which keys expire;
+        `wake` makes the poll run now."""
         self._pipeline = pipeline
         self._pepper = pepper.encode()
         self._monotonic = monotonic
+        self._now = now
         self.refresh_soon: Final = wake
         self._version = -1
         self._answered = float("-inf")
@@ -84,7 +115,7 @@ class RedisRegistry:
             digest(self._pepper, bootstrap_key.encode()),
             Principal(tenant=DEFAULT_TENANT, key=BOOTSTRAP_KEY, tenant_name=DEFAULT_TENANT),
         )
-        self._install(DEFAULT_TENANT, {}, limited=True)  # its limit is not known yet: money fails closed (D4)
+        self._install(DEFAULT_TENANT, {}, None)  # its limit is not known yet: money fails closed (D4)
 
     @property
     def ready(self) -> bool:
@@ -110,7 +141,8 @@ class RedisRegistry:
         return list(self._tenants)
 
     def authenticate(self, token: bytes) -> Principal | None:
-        """The principal of a key as presented; None when unknown or revoked.
+        """The principal of a key as presented; None when unknown or revoked. The ingress looks at its expiry itself,
+        to say so (401 `expired_api_key`).
 
         Always one HMAC and two comparisons of 32 bytes, known id or not (D7, S1-C1d).
         """
@@ -125,13 +157,16 @@ class RedisRegistry:
 
     def lookup(self, tenant: str, key: str) -> Principal | None:
         """The principal by ids: what guardian and provider check an envelope against."""
-        return self._pairs.get((tenant, key))
+        principal = self._pairs.get((tenant, key))
+        if principal is not None and 0 < principal.expires <= self._now():
+            return None  # as one that was revoked
+        return principal
 
     async def find(self, tenant: str, key: str) -> Principal | None:
         """As `lookup`, asking Redis once for a pair this copy does not have. Raises StateUnavailable (503)."""
         if (tenant, key) not in self._pairs and keys.OPAQUE.fullmatch(key):
             await self._ask(key.encode())
-        return self._pairs.get((tenant, key))
+        return self.lookup(tenant, key)
 
     async def fetch(self, token: bytes) -> Principal | None:
         """As `authenticate`, asking Redis once for a key id this copy does not have. Raises StateUnavailable (503)."""
@@ -183,46 +218,71 @@ class RedisRegistry:
         await self._load([DEFAULT_TENANT, *(tenant for tenant in tenants if tenant != DEFAULT_TENANT)])
 
     async def _load(self, tenants: list[str]) -> None:
-        limits = keys.limit_field()
         for first in range(0, len(tenants), AT_ONCE):
             some = tenants[first : first + AT_ONCE]
-            commands: list[tuple[bytes, ...]] = []
-            for tenant in some:
-                commands += [(b"HGETALL", keys.config(tenant)), (b"HGET", keys.balances(tenant), limits)]
-            replies = await self._pipeline.many(commands, _TIMEOUT)
-            for reply in replies:
-                if type(reply) is ReplyError:
-                    raise StateUnavailable(f"redis: {reply}")
-            for tenant, flat, limit in zip(some, replies[::2], replies[1::2], strict=True):
-                # a limit that is not a number limits too: the ledger answers with an error then (D2)
-                fields = dict(zip(flat[::2], flat[1::2], strict=True))
-                self._install(tenant, fields, limited=limit is not None)
+            found = await self._many([(b"HGETALL", keys.config(tenant)) for tenant in some])
+            configs = [dict(zip(flat[::2], flat[1::2], strict=True)) for flat in found]
+            # the limits after the keys: a key is never made before its limits
+            asked = [_limits(tenant, config) for tenant, config in zip(some, configs, strict=True)]
+            limits = await self._many(asked)
+            for tenant, config, values in zip(some, configs, limits, strict=True):
+                self._install(tenant, config, values)
+
+    async def _many(self, commands: list[tuple[bytes, ...]]) -> list[Any]:
+        replies = await self._pipeline.many(commands, _TIMEOUT)
+        for reply in replies:
+            if type(reply) is ReplyError:
+                raise StateUnavailable(f"redis: {reply}")
+        return replies
 
     def _forget(self, tenant: str) -> None:
         for known in self._tenants.pop(tenant, []):
             self._keys.pop(known, None)
             self._pairs.pop((tenant, known.decode()), None)
 
-    def _install(self, tenant: str, fields: dict[bytes, Any], *, limited: bool) -> None:
-        """Put a tenant as read from its config hash in place of what was known of it."""
+    def _install(self, tenant: str, fields: dict[bytes, bytes], limits: list[bytes | None] | None) -> None:
+        """Put a tenant as read from its config hash in place of what was known of it.
+
+        `limits`: how many of its users have one, its own, and each live key's as far as they are there (not one of them
+        is parsed: a limit that is not a number limits too, the ledger answers with an error then, D2). None: unknown.
+        """
         self._forget(tenant)
         default = tenant == DEFAULT_TENANT
         if not fields and not default:
             return
-        name = tenant if default else fields.get(b"name", b"").decode()
-        synthetic = not default and fields.get(b"synthetic") == b"1"
-        known = self._tenants[tenant] = []
-        for field, value in fields.items():
-            kind, _, made = field.partition(b":")
-            if kind != b"key" or b"revoked:" + made in fields:
-                continue
-            principal = Principal(
-                tenant=tenant, key=made.decode(), tenant_name=name, synthetic=synthetic, limited=limited
-            )
-            self._keys[made] = _Record(bytes.fromhex(value.decode()), principal)
-            self._pairs[tenant, made.decode()] = principal
-            known.append(made)
-        if default:
-            principal = Principal(tenant=tenant, key=BOOTSTRAP_KEY, tenant_name=tenant, limited=limited)
+        live = _live(tenant, fields)
+        users, own, *of_keys = limits or (b"", b"", *(b"" for _ in live))
+        # which user a request names is known to the ledger alone: while it is away, any of them may have a limit
+        limited = own is not None or users not in {None, b"0"}
+        policy, damaged = policies.read_tenant(fields)
+        name = tenant if default else fields.get(b"name", b"").decode("utf-8", "replace")
+        common = Principal(
+            tenant=tenant, key="", tenant_name=name,
+            synthetic=not default and fields.get(b"synthetic") == b"1",
+            mode=policy.mode, pii=policy.pii, keywords=policy.keywords, clamp=policy.clamp,
+            tenant_rpm=policy.rpm, tenant_tpm=policy.tpm,
+        )  # fmt: skip
+        self._tenants[tenant] = []
+        for key, limit in zip(live, of_keys, strict=True):
+            of_key, more = policies.read_key(fields, key)
+            principal = msgspec.structs.replace(
+                common, key=key, limited=limited or limit is not None, key_rpm=of_key.rpm, key_tpm=of_key.tpm,
+                expires=policies.GONE_BY if policy.closed else of_key.expires, models=of_key.models,
+            )  # fmt: skip
+            damaged += more + self._keep(principal, fields)
+        if damaged:
+            _log.error("damaged fields count as the strictest", extra={"tenant": tenant, "fields": damaged})
+
+    def _keep(self, principal: Principal, fields: Mapping[bytes, bytes]) -> list[str]:
+        """Know a key from now on; the name of its field when that is damaged: it is then no key."""
+        tenant, key = principal.tenant, principal.key
+        if (tenant, key) == (DEFAULT_TENANT, BOOTSTRAP_KEY):
             self._bootstrap = _Record(self._bootstrap.digest, principal)
-            self._pairs[tenant, BOOTSTRAP_KEY] = principal
+        else:
+            stored = _digest(fields[b"key:" + key.encode()])
+            if not stored:
+                return [f"key:{key}"]
+            self._keys[key.encode()] = _Record(stored, principal)
+            self._tenants[tenant].append(key.encode())
+        self._pairs[tenant, key] = principal
+        return []
