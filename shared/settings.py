@@ -6,6 +6,7 @@ without their credentials. `describe()` is what `deploy/env.example` is made fro
 
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args, get_type_hints
 from urllib.parse import urlsplit, urlunsplit
 
@@ -138,12 +139,30 @@ class Settings(Struct, frozen=True, kw_only=True):
         Annotated[int, Meta(ge=100, le=_DAY_MS)],
         Meta(description="A journal that grew gets a snapshot at least this often."),
     ] = 600_000
+    usage_retention_ms: Annotated[
+        Annotated[int, Meta(ge=1000, le=31 * _DAY_MS)],
+        Meta(description="How long JetStream keeps usage records, the second copy of the money."),
+    ] = 3_600_000
+    usage_max_bytes: Annotated[
+        Annotated[int, Meta(ge=65_536, le=2**40)],
+        Meta(description="And how many bytes at most; a full stream refuses new ones, which go to the spool."),
+    ] = 1_073_741_824
+    usage_replicas: Annotated[int, Meta(ge=1, le=5, description="Its copies in a NATS cluster.")] = 1
+    spool_dir: Annotated[
+        str,
+        Meta(description="Where settlements go that neither Redis nor JetStream takes; empty = HOTPATH_DATA/spool."),
+    ] = ""
     cancel_drain_ms: Annotated[Millis, Meta(description="A cancelled call may still bring its usage for this.")] = 250
 
     @property
     def budget_min_reservation(self) -> int:
         """The floor of a reservation in nano-USD."""
         return money.usd_to_nano(self.budget_min_reservation_usd)
+
+    @property
+    def spool(self) -> Path:
+        """The folder of the spool."""
+        return Path(self.spool_dir) if self.spool_dir else Path(self.hotpath_data) / "spool"
 
     def drain_s(self, *, streams: bool = True) -> float:
         """Seconds that requests in flight may take after a SIGTERM (D8); `streams`: of a process that holds some."""

@@ -6,6 +6,7 @@ import msgspec
 from msgspec import Struct
 
 from shared.wire import messages as m
+from shared.wire import records as r
 
 PRICE: Final = m.Price(150_000_000, 75_000_000, 600_000_000)
 HOPS: Final = (m.Hop("ingress", "in1", 1, 2, 3), m.Hop("guardian", "g1", 4, 5, 6))
@@ -50,6 +51,19 @@ SAMPLES: Final[dict[str, tuple[Struct, ...]]] = {
         m.Outcomes(calls=(m.Outcome("one", ok=True), m.Outcome("two", ok=False, probe="x", verdict=False))),
     ),
 }  # fmt: skip
+RECORD: Final = r.UsageRecord(
+    tenant="t", rid="ab" * 16, call=2, key="k", user="u", day=20_000, model="m", endpoint="one", cost=12_345,
+    estimated=True, line="1700000000000-1", at=1_700_000_000_001, input_tokens=9, cached_tokens=1, output_tokens=8,
+    cache_write_5m=2, cache_write_1h=3, audio_input=1, audio_output=1, reasoning=4, input_estimate=7, epoch=5,
+    raw=b"{}",
+)  # fmt: skip
+#: The same of shared/wire/records.py.
+STORED: Final[dict[str, tuple[Struct, ...]]] = {
+    "decode_stored": (
+        r.UsageBatch(instance="p1", number=7, at=1_700_000_000_002, records=(RECORD,)),
+        r.BalanceSnapshot(tenant="t", line="1-1", at=5, part=0, parts=2, fields={"t:lifetime": "1 0 0"}),
+    ),
+}
 
 _DEEP: Final = b"\x91" * 5000 + b"\xc0"  # arrays within arrays
 #: What only a broken or hostile writer sends; msgspec answers with three kinds of error.

@@ -9,11 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.wire import messages
-from tests.wire.samples import ASK, FRAMES, NOISE, SAMPLES, newer
+from shared.wire import messages, records
+from tests.wire.samples import ASK, FRAMES, NOISE, SAMPLES, STORED, newer
 
-ALL = [(name, sample) for name, samples in SAMPLES.items() for sample in samples]
-DECODERS = [getattr(messages, name) for name in SAMPLES]
+ALL = [(name, sample) for name, samples in {**SAMPLES, **STORED}.items() for sample in samples]
+DECODERS = {
+    **{name: getattr(messages, name) for name in SAMPLES},
+    **{name: getattr(records, name) for name in STORED},
+}
 
 
 def named(pair: tuple[str, Any]) -> str:
@@ -23,9 +26,10 @@ def named(pair: tuple[str, Any]) -> str:
 def test_every_decoder_and_every_message_has_a_sample() -> None:
     """A new message is tried here too."""
     assert SAMPLES.keys() == {name for name in vars(messages) if name.startswith("decode_")}
+    assert STORED.keys() == {name for name in vars(records) if name.startswith("decode_")}
     tagged = {
         kind
-        for kind in vars(messages).values()
+        for kind in (*vars(messages).values(), *vars(records).values())
         if inspect.isclass(kind) and issubclass(kind, msgspec.Struct) and kind.__struct_config__.tag is not None
     }
     assert tagged <= {type(sample) for _, sample in ALL}
@@ -34,7 +38,7 @@ def test_every_decoder_and_every_message_has_a_sample() -> None:
 @pytest.mark.parametrize("pair", ALL, ids=named)
 def test_what_a_newer_build_adds_is_ignored(pair: tuple[str, Any]) -> None:
     """Unknown fields of maps and elements behind arrays, at every depth."""
-    decode, sample = getattr(messages, pair[0]), pair[1]
+    decode, sample = DECODERS[pair[0]], pair[1]
     assert decode(messages.encode(sample)) == sample
     assert decode(messages.encode(newer(sample))) == sample
 
@@ -42,7 +46,7 @@ def test_what_a_newer_build_adds_is_ignored(pair: tuple[str, Any]) -> None:
 @pytest.mark.parametrize("pair", ALL, ids=named)
 def test_what_an_older_build_leaves_out_has_its_default(pair: tuple[str, Any]) -> None:
     """Fields that have a default may be missing, at the end of an array too."""
-    decode, sample = getattr(messages, pair[0]), pair[1]
+    decode, sample = DECODERS[pair[0]], pair[1]
     fields = msgspec.structs.fields(sample)
     optional = {field.name: field.default for field in fields if not field.required}
     raw = msgspec.msgpack.decode(messages.encode(sample))
@@ -62,17 +66,17 @@ def unreadable(decode: Callable[[bytes], Any], payload: bytes) -> bool:
     return False
 
 
-@pytest.mark.parametrize("decode", DECODERS, ids=SAMPLES)
+@pytest.mark.parametrize("decode", DECODERS.values(), ids=DECODERS)
 def test_noise(decode: Callable[[bytes], Any]) -> None:
     """Refused by every decoder, and by nothing else than the errors that every caller catches."""
     assert [payload for payload in NOISE if not unreadable(decode, payload)] == []
 
 
-@pytest.mark.parametrize("decode", DECODERS, ids=SAMPLES)
+@pytest.mark.parametrize("decode", DECODERS.values(), ids=DECODERS)
 @given(noise=st.binary(max_size=200), data=st.data())
 def test_no_bytes_raise_anything_else(decode: Callable[[bytes], Any], noise: bytes, data: st.DataObject) -> None:
     """Garbage, and a valid message with a part of it overwritten."""
-    pairs = [sample for name, sample in ALL if getattr(messages, name) is decode]
+    pairs = [sample for name, sample in ALL if DECODERS[name] is decode]
     message = bytearray(messages.encode(data.draw(st.sampled_from(pairs))))
     at = data.draw(st.integers(0, len(message)))
     message[at : at + len(noise)] = noise
