@@ -5,7 +5,7 @@ follows D4. Amounts are nano-USD integers, times are milliseconds of the shared 
 """
 
 from collections.abc import Iterable
-from typing import Any, Final, Literal, Protocol
+from typing import Final, Literal, Protocol
 
 from msgspec import Struct
 
@@ -131,22 +131,6 @@ class Level(Struct, frozen=True, kw_only=True):
     limit: int | None
     bucket: str = ""
     name: str = ""
-
-
-class Line(Struct, frozen=True, kw_only=True):
-    """One line of a tenant's journal: a transition and what it moved, in nano-USD, in all the buckets of its levels."""
-
-    id: str  # Redis stream id: <server ms>-<n>
-    op: str
-    rid: str  # 32 hex digits, "" for lines of the whole tenant
-    call: int
-    day: int  # days since 1970-01-01: the day (and month) that is charged
-    key: str
-    user: str
-    settled: int
-    pending: int
-    unconfirmed: int
-    more: tuple[Any, ...] = ()  # lua/_journal.lua says what, by op
 
 
 class Ledger(Protocol):

@@ -7,8 +7,9 @@ from typing import Any, Final, Literal, cast, get_args
 import msgspec
 from msgspec import Struct
 
+from shared.core.transitions import Line
 from shared.state import keys
-from shared.state.base import Level, Line, StateUnavailable
+from shared.state.base import Level, StateUnavailable
 from shared.state.keys import Period
 from shared.state.pipeline import Pipeline
 from shared.state.scripts import LEDGER, Scripts, load

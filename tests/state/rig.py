@@ -6,9 +6,10 @@ from typing import Any
 import msgspec
 
 from shared.core.circuit import CLOSED, SLOT_MS
+from shared.core.transitions import Line
 from shared.settings import Settings, load
 from shared.state import keys
-from shared.state.base import Dispatched, Extended, Level, Line, Rates, Reserved
+from shared.state.base import Dispatched, Extended, Level, Rates, Reserved
 from shared.state.books import Entry
 from shared.state.redis import State
 
