@@ -14,7 +14,8 @@ from typing import Final
 
 from msgspec import Struct
 
-from shared.state.base import Line, Settled, StateUnavailable
+from shared.core.transitions import Line
+from shared.state.base import Settled, StateUnavailable
 from shared.state.books import PAGE
 from shared.state.ledger import RedisLedger
 from shared.wire.records import UsageRecord
