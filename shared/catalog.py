@@ -84,7 +84,7 @@ class Catalog(Struct, frozen=True, kw_only=True):
     endpoints: dict[str, Endpoint]
     left_out: tuple[str, ...]
     why: dict[str, str]
-    epoch: int  # CRC-32 of the file: tells whether two processes read the same one
+    epoch: int  # CRC-32 of the file and of every price in it, genai-prices' too: who has the same one bills the same
 
 
 class _EndpointRow(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -146,10 +146,12 @@ def parse(raw: bytes, env: Mapping[str, str], folder: Path, *, keyless: bool = F
         raise CatalogError(errors)
     why: dict[str, str] = {}
     endpoints = _endpoints(file, env, folder, why, errors, keyless=keyless)
-    models = _models(file, endpoints, errors)
+    priced = _all_priced(file, errors)
     if errors:
         raise CatalogError(errors)
-    return Catalog(models=models, endpoints=endpoints, left_out=tuple(why), why=why, epoch=zlib.crc32(raw))
+    epoch = zlib.crc32(msgspec.msgpack.encode(priced), zlib.crc32(raw))
+    models = _models(file, endpoints, priced)
+    return Catalog(models=models, endpoints=endpoints, left_out=tuple(why), why=why, epoch=epoch)
 
 
 # ---- faults ----------------------------------------------------------------------------------------------------------
@@ -261,29 +263,35 @@ def _key(row: _EndpointRow, env: Mapping[str, str], folder: Path) -> tuple[str, 
     return "", missing
 
 
-def _models(file: _File, endpoints: Mapping[str, Endpoint], errors: list[str]) -> dict[str, Model]:
+def _all_priced(file: _File, errors: list[str]) -> list[list[Priced]]:
+    """What each step of each model costs, also where its endpoint has no key here: so all have the same epoch."""
     rows = {row.id: row for row in file.endpoints}
-    models = {}
+    priced = []
     for index, row in enumerate(file.models):
         wrong, found = _priced(row, rows)
-        if wrong:
-            errors.extend(f"models[{index}]{line}" for line in wrong)
-            continue
+        errors.extend(f"models[{index}]{line}" for line in wrong)
+        priced.append(found)
+    return priced
+
+
+def _models(file: _File, endpoints: Mapping[str, Endpoint], priced: list[list[Priced]]) -> dict[str, Model]:
+    models = {}
+    for row, found in zip(file.models, priced, strict=True):
         usable = [
-            (Step(step.endpoint, step.model), priced)
-            for step, priced in zip(row.endpoints, found, strict=True)
+            (Step(step.endpoint, step.model), one)
+            for step, one in zip(row.endpoints, found, strict=True)
             if step.endpoint in endpoints
         ]
         if usable:
             steps = tuple(step for step, _ in usable)
-            price = pricing.dearest(priced.price for _, priced in usable)
+            price = pricing.dearest(one.price for _, one in usable)
             models[row.name] = Model(
                 name=row.name,
                 steps=steps,
                 max_output_tokens=row.max_output_tokens,
                 price=price,
                 prices=_own_prices(price, usable),
-                priced=tuple(priced for _, priced in usable),
+                priced=tuple(one for _, one in usable),
                 encoding=row.encoding or tokens.encoding_for(steps[0].model),
                 token_safety_percent=row.token_safety_percent,
                 owned_by=row.owned_by or endpoints[steps[0].endpoint].provider,

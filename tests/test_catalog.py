@@ -198,6 +198,15 @@ def test_the_epoch_tells_files_apart():
     assert parse(ENDPOINT).epoch == parse(ENDPOINT).epoch != parse(ENDPOINT + "\n").epoch
 
 
+def test_the_epoch_tells_prices_apart(monkeypatch):
+    """The same file priced by another genai-prices is another epoch; a process without the key has the same one."""
+    text = ENDPOINT + 'api_key_env = "KEY"\n' + MODEL
+    before = parse(text).epoch
+    assert parse(text, KEY="sk").epoch == before
+    monkeypatch.setattr(prices, "known", lambda model, _: prices.of_row(prices.PriceRow(input="1", output="1"), model))
+    assert parse(text).epoch != before
+
+
 def test_a_missing_file_says_what_to_do(tmp_path):
     with pytest.raises(CatalogError, match="HOTPATH_CATALOG"):
         catalog.load(tmp_path / "none.toml", {})

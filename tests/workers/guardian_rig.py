@@ -34,7 +34,10 @@ provider = "openai"
 base_url = "https://two.example/v1"
 [[models]]
 name = "m"
-endpoints = [{ endpoint = "one", model = "m-1" }, { endpoint = "two", model = "m-2" }]
+endpoints = [
+    { endpoint = "one", model = "m-1" },
+    { endpoint = "two", model = "m-2", price = { input = "0.4", output = "4" } },
+]
 max_output_tokens = 1000
 price = { input = "1", cached_input = "0.5", output = "10" }
 [[models]]

@@ -15,7 +15,7 @@ from shared.core import pricing, tokens
 from shared.core.overload import Shares
 from shared.state.base import Reserved
 from shared.wire import headers
-from shared.wire.messages import UNREADABLE, VERSION, Admit, Hop, ReplyTo, decode_admit, decode_route, encode
+from shared.wire.messages import UNREADABLE, VERSION, Admit, Hop, Price, ReplyTo, decode_admit, decode_route, encode
 from tests.wire.samples import NOISE, newer
 from tests.workers.guardian_rig import Rig, admit, ask, running, standing, without_redis
 from workers.guardian import admit as admit_room
@@ -54,6 +54,8 @@ async def test_assessed_reserved_and_forwarded(rig):
     assert route.admission.amount == pricing.upper_bound(route.admission.price, bound, 200, 1_000_000)
     assert route.admission.output_cap == 100
     assert route.admission.input_tokens == bound
+    assert route.admission.prices == {"two": Price(400_000_000, 400_000_000, 4 * 10**9)}  # pinned, with the epoch
+    assert route.admission.epoch == rig.ctx.catalog.epoch
     likely = tokens.estimate_prompt(len("user" + "hello world"))  # S2-09; S2-10: as much output, for each choice
     price = route.admission.price
     assert route.admission.estimate == likely * price.input // 10**6 + 2 * likely * price.output // 10**6

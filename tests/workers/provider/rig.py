@@ -215,13 +215,14 @@ class Rig:
     async def send(
         self, prompt: str = "hi", *, stream: bool = True, steps: tuple[Step, ...] = (Step("sim", "sim-fast"),),
         max_calls: int = 3, reserved: bool = True, cap: int = 1000, extra: dict[str, Any] | None = None,
-        wait_s: float = 0, age_ms: int = 0, amount: int = 1_000_000, hard: bool = False, **fields: Any,
+        wait_s: float = 0, age_ms: int = 0, amount: int = 1_000_000, hard: bool = False, price: Price = PRICE,
+        prices: dict[str, Price] | None = None, **fields: Any,
     ) -> Ask:  # fmt: skip
         """Reserve as a guardian does and hand the request to the provider."""
         request = self.ask(prompt, stream=stream, extra=extra or {}, **fields)
         admission = Admission(
-            reserved=reserved, amount=amount, estimate=30_000_000, input_tokens=100, output_cap=cap, price=PRICE,
-            overhead_us=1234, hard=hard,
+            reserved=reserved, amount=amount, estimate=30_000_000, input_tokens=100, output_cap=cap, price=price,
+            overhead_us=1234, hard=hard, prices=prices or {},
         )  # fmt: skip
         if reserved and request.delivery == 1:
             clock = self.ctx.state.clock

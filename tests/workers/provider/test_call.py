@@ -17,7 +17,7 @@ from shared.wire.errors import LedgerDown
 from shared.wire.messages import VERSION, Accepted, Admission, Call, Delta, Plan, Price, Refused, Step
 from tests.wire.samples import NOISE
 from tests.workers.guardian_rig import standing
-from tests.workers.provider.rig import running
+from tests.workers.provider.rig import PRICE, running
 
 FAST, PACED = Step("sim", "sim-fast"), Step("sim", "sim-paced")
 TWO = Step("two", "sim-fast")
@@ -262,10 +262,11 @@ async def test_the_upstream_s_line_ends_comments_and_bytes_make_no_difference(va
 
 
 async def test_another_endpoint_serves_when_the_first_fails_before_its_first_token(valkey_url: str) -> None:
-    """S2-22: settled at 0, topped up, call 2; the head names who answered."""
+    """S2-22: settled at 0, topped up, call 2; the head names who answered. I1: at the price of who answered."""
     async with running(valkey_url) as rig:
         await rig.fault({"status": 503}, endpoint="default")
-        request = await rig.send("[[sim chunks=3]]", steps=(FAST, TWO))
+        dear = Price(10**9, 10**9, 10**9)
+        request = await rig.send("[[sim chunks=3]]", steps=(FAST, TWO), price=dear, prices={"two": PRICE})
         answer = await rig.answer(request)
         assert answer.end.summary.endpoint == "two"
         assert answer.end.summary.call == 2
