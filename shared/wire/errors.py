@@ -150,6 +150,17 @@ class MethodNotAllowed(ClientError):
     message = "Method not allowed on this path."
 
 
+class ContentBlocked(ClientError):
+    """The tenant's policy on personal data and keywords is `block`; the message names kinds, never the text (I9).
+    OpenAI's own code for what its policy refuses: clients that know one know this."""
+
+    code = "content_policy_violation"
+    message = "This tenant's policy does not let the request pass."
+
+    def __init__(self, message: str = "", *, param: str | None = "messages", retry_after_ms: int = 0) -> None:
+        super().__init__(message, param=param, retry_after_ms=retry_after_ms)
+
+
 class TooLarge(ClientError):
     """S1-G02: over MAX_BODY_BYTES."""
 
@@ -317,6 +328,13 @@ class RegistryDown(GatewayFault):
 
     code = "registry_unavailable"
     message = "The key registry is unreachable and this key is not known here."
+
+
+class ScanDown(GatewayFault):
+    """A policy of `redact` or `block` could not be carried out: what it protects is not sent (fails closed)."""
+
+    code = "scan_unavailable"
+    message = "The request could not be scanned as this tenant's policy requires, so it was not started."
 
 
 class BusDown(GatewayFault):
