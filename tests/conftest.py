@@ -1,6 +1,7 @@
 """The real servers every test may use: one Valkey and one NATS per test session, from the wheels."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -9,9 +10,19 @@ from deploy import servers
 from tests.e2e.sim import Sim, running_simulator
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tests.e2e.rig import Up
+
+
+#: Rooms whose tests start fleets, load the machine or look at every process. (tests/telemetry: a lone surrogate in a
+#: captured line cannot pass from one pytest process to another.)
+ALONE = ("e2e", "load", "deploy", "interop", "telemetry")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What must run with the machine to itself; single files say so by `pytestmark = pytest.mark.alone`."""
+    for item in items:
+        if item.path.relative_to(Path(__file__).parent).parts[0] in ALONE:
+            item.add_marker(pytest.mark.alone)
 
 
 @pytest.fixture(scope="session")

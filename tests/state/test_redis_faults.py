@@ -15,6 +15,8 @@ from shared.state.redis import State
 from tests.state.conftest import Connect
 from tests.state.rig import Money, new_rid
 
+pytestmark = pytest.mark.alone  # each answer has its time
+
 
 async def timed(call: Awaitable[object]) -> tuple[float, object]:
     """Seconds until it was refused, or its answer."""
