@@ -306,6 +306,7 @@ def test_redacted_means_that_nothing_matches(sent):
 @given(TEXTS)
 @example("4111 1111 1111 1111 1111 1111")
 @example("\\fe80::1ff:fe23:4567:890a")  # a backslash and `f`: no escape
+@example("2671::(415) 555-2671")  # the end of one match stands before the next
 def test_the_gate_misses_nothing(text):
     """Wherever a pattern holds, something was found; and no match is longer than its pattern says (for streaming)."""
     framed = b"\0" + text.encode() + b"\0"

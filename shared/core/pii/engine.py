@@ -114,7 +114,7 @@ class NumberFinder:
                 match = self._match(framed, place)
             if match is not None:
                 yield match[0] - 1, match[1] - 1, match[2]
-                place = match[1]
+                place = match[1] - 1  # its last byte may be what stands before the next
             else:
                 place = decimals_end(framed, place)
 
