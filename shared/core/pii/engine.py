@@ -33,7 +33,7 @@ class Policy(Struct, frozen=True, kw_only=True):
     """What a tenant wants done: one action for personal data and keywords alike."""
 
     pii: Action = "off"
-    keywords: tuple[str, ...] = ()  # whole words, in any case; see `keywords.check_keywords` for their bounds
+    keywords: tuple[str, ...] = ()  # whole words, in any case; `core.keywords.check_keywords` has their bounds
 
 
 class Finding(Struct, frozen=True):
