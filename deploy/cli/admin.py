@@ -33,7 +33,8 @@ class Failed(Exception):
     """The command could not do it; the message says why and what helps."""
 
 
-def _with_state(where: Where, work: Callable[[State], Awaitable[T]]) -> T:
+def with_state(where: Where, work: Callable[[State], Awaitable[T]]) -> T:
+    """Connect to the Hotpath's Redis, work, close. Raises Failed."""
     settings = where.settings()
 
     async def go() -> T:
@@ -51,7 +52,7 @@ def _with_state(where: Where, work: Callable[[State], Awaitable[T]]) -> T:
     return asyncio.run(go())
 
 
-async def _tell_everyone(where: Where, settings: Settings) -> None:
+async def tell_everyone(where: Where, settings: Settings) -> None:
     """Publish that the registry changed; whoever misses it sees it within 500 ms."""
     from shared.bus.nats import NatsBus  # noqa: PLC0415 - only changes need it, and it costs 60 ms to import
 
@@ -94,10 +95,10 @@ def create_key(where: Where, tenant: str, limit_usd: str, period: str, *, synthe
 
     async def work(state: State) -> dict[str, Any]:
         made = await state.create_key(tenant, limit, wanted, synthetic=synthetic)
-        await _tell_everyone(where, where.settings())
+        await tell_everyone(where, where.settings())
         return {"key": made.key, "key_id": made.key_id, "tenant_id": made.tenant_id}
 
-    return _with_state(where, work)
+    return with_state(where, work)
 
 
 def list_keys(where: Where) -> dict[str, Any]:
@@ -107,7 +108,7 @@ def list_keys(where: Where) -> dict[str, Any]:
         names = ("key_id", "tenant_id", "tenant", "synthetic", "created", "revoked")
         return {"keys": [{name: getattr(key, name) for name in names} for key in await state.list_keys()]}
 
-    return _with_state(where, work)
+    return with_state(where, work)
 
 
 def revoke_key(where: Where, key_id: str) -> dict[str, Any]:
@@ -116,10 +117,10 @@ def revoke_key(where: Where, key_id: str) -> dict[str, Any]:
     async def work(state: State) -> dict[str, Any]:
         if not await state.revoke_key(key_id):
             raise Failed(f"there is no key {key_id}; `hotpath keys list` shows the ids")
-        await _tell_everyone(where, where.settings())
+        await tell_everyone(where, where.settings())
         return {"key_id": key_id, "revoked": True}
 
-    return _with_state(where, work)
+    return with_state(where, work)
 
 
 async def _budget(state: State, tenant: str, name: str) -> dict[str, Any]:
@@ -134,7 +135,7 @@ def show_budget(where: Where, tenant: str) -> dict[str, Any]:
     async def work(state: State) -> dict[str, Any]:
         return await _budget(state, await _tenant(state, tenant), tenant)
 
-    return _with_state(where, work)
+    return with_state(where, work)
 
 
 def set_budget(where: Where, tenant: str, limit_usd: str, period: str) -> dict[str, Any]:
@@ -144,10 +145,10 @@ def set_budget(where: Where, tenant: str, limit_usd: str, period: str) -> dict[s
     async def work(state: State) -> dict[str, Any]:
         found = await _tenant(state, tenant)
         await state.set_limit(found, wanted, limit)
-        await _tell_everyone(where, where.settings())
+        await tell_everyone(where, where.settings())
         return await _budget(state, found, tenant)
 
-    return _with_state(where, work)
+    return with_state(where, work)
 
 
 def show_ledger(where: Where, tenant: str, rid: str) -> dict[str, Any]:
@@ -161,7 +162,7 @@ def show_ledger(where: Where, tenant: str, rid: str) -> dict[str, Any]:
         entries = [{name: getattr(entry, name) for name in names} for entry in found if rid in {"", entry.rid}]
         return {"tenant": tenant, "entries": entries}
 
-    return _with_state(where, work)
+    return with_state(where, work)
 
 
 def list_circuits(where: Where) -> dict[str, Any]:
@@ -192,7 +193,7 @@ def list_circuits(where: Where) -> dict[str, Any]:
             )
         return {"circuits": rows}
 
-    return _with_state(where, work)
+    return with_state(where, work)
 
 
 def trace(where: Where, rid: str) -> dict[str, Any]:

@@ -1,19 +1,14 @@
 """Every command but `up` (which main.py starts without this). Amounts: USD for people, nano-USD integers in JSON."""
 
-import json
 import logging
-import sys
-from collections.abc import Callable
 from typing import Annotated, Any, Final
 
 import typer
 
-from deploy.cli import admin, control, doctor, prices, show
-from deploy.cli.where import Where, find
-from shared.settings import SettingsError
+from deploy.cli import admin, app_ledger, control, doctor, prices, show
+from deploy.cli.act import Data, Json, act
+from deploy.cli.where import Where
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON; amounts are integers of nano-USD.")]
-Data = Annotated[str, typer.Option("--data", metavar="DIR", help="Data directory of a running `hotpath up`.")]
 Tenant = Annotated[str, typer.Argument(help="The tenant's name.")]
 Period = Annotated[str, typer.Option(help="day, month or lifetime (UTC).")]
 
@@ -21,29 +16,11 @@ _OPTIONS: Final = {"add_completion": False, "rich_markup_mode": None, "pretty_ex
 main = typer.Typer(no_args_is_help=True, help="Hotpath: an AI gateway. Start it with `hotpath up`.", **_OPTIONS)  # type: ignore[arg-type]
 keys = typer.Typer(no_args_is_help=True, help="API keys of the tenants.", rich_markup_mode=None)
 budget = typer.Typer(no_args_is_help=True, help="What tenants spent, and their limits.", rich_markup_mode=None)
-ledger = typer.Typer(no_args_is_help=True, help="Every call and its money.", rich_markup_mode=None)
 priced = typer.Typer(no_args_is_help=True, help="What models cost.", rich_markup_mode=None)
 main.add_typer(keys, name="keys")
 main.add_typer(budget, name="budget")
-main.add_typer(ledger, name="ledger")
+main.add_typer(app_ledger.ledger, name="ledger")
 main.add_typer(priced, name="prices")
-
-
-def _act(data: str, json_out: bool, work: Callable[[Where], Any], text: Callable[[Any], Any]) -> Any:
-    """Find the Hotpath, do the work, print its result; a failure is one line and exit code 1 (78: settings)."""
-    try:
-        result = work(find(data))
-    except SettingsError as exc:
-        print(f"hotpath: {exc}\n(is `hotpath up` running? name its directory: --data DIR)", file=sys.stderr)
-        raise typer.Exit(78) from exc
-    except (admin.Failed, control.Refused, ValueError, OSError) as exc:
-        print(f"hotpath: {exc}", file=sys.stderr)
-        raise typer.Exit(1) from exc
-    if json_out:
-        print(json.dumps(result))
-    else:
-        show.out(text(result))
-    return result
 
 
 @keys.command("create")
@@ -58,13 +35,13 @@ def keys_create(
     data: Data = "",
 ) -> None:
     """Make a key; it is shown this once."""
-    _act(data, json_out, lambda w: admin.create_key(w, tenant, limit_usd, period, synthetic=synthetic), show.new_key)
+    act(data, json_out, lambda w: admin.create_key(w, tenant, limit_usd, period, synthetic=synthetic), show.new_key)
 
 
 @keys.command("list")
 def keys_list(json_out: Json = False, data: Data = "") -> None:
     """All keys, without their secret part."""
-    _act(data, json_out, admin.list_keys, show.key_table)
+    act(data, json_out, admin.list_keys, show.key_table)
 
 
 @keys.command("revoke")
@@ -72,13 +49,13 @@ def keys_revoke(
     key_id: Annotated[str, typer.Argument(help="As `keys list` shows it.")], json_out: Json = False, data: Data = ""
 ) -> None:
     """Revoke a key, everywhere within 1 s."""
-    _act(data, json_out, lambda w: admin.revoke_key(w, key_id), lambda done: f"revoked {done['key_id']}")
+    act(data, json_out, lambda w: admin.revoke_key(w, key_id), lambda done: f"revoked {done['key_id']}")
 
 
 @budget.command("show")
 def budget_show(tenant: Tenant, json_out: Json = False, data: Data = "") -> None:
     """Settled, pending and unconfirmed of the current day, month and lifetime."""
-    _act(data, json_out, lambda w: admin.show_budget(w, tenant), show.budget_table)
+    act(data, json_out, lambda w: admin.show_budget(w, tenant), show.budget_table)
 
 
 @budget.command("set")
@@ -90,18 +67,7 @@ def budget_set(
     data: Data = "",
 ) -> None:
     """Set or clear a tenant's limit."""
-    _act(data, json_out, lambda w: admin.set_budget(w, tenant, limit_usd, period), show.budget_table)
-
-
-@ledger.command("show")
-def ledger_show(
-    tenant: Tenant,
-    rid: Annotated[str, typer.Argument(help="Only this request (X-BR-Request-Id).")] = "",
-    json_out: Json = False,
-    data: Data = "",
-) -> None:
-    """A tenant's calls: state, what was held, what it cost."""
-    _act(data, json_out, lambda w: admin.show_ledger(w, tenant, rid), show.ledger_table)
+    act(data, json_out, lambda w: admin.set_budget(w, tenant, limit_usd, period), show.budget_table)
 
 
 @priced.command("show")
@@ -109,13 +75,13 @@ def prices_show(
     model: Annotated[str, typer.Argument(help="As clients name it.")], json_out: Json = False, data: Data = ""
 ) -> None:
     """Every part of its price at each endpoint, and whether the catalogue or genai-prices says so."""
-    _act(data, json_out, lambda w: prices.show_model(w, model), show.price_table)
+    act(data, json_out, lambda w: prices.show_model(w, model), show.price_table)
 
 
 @main.command()
 def circuits(json_out: Json = False, data: Data = "") -> None:
     """Endpoints called within the last day: whether their circuit is open, since when and for how long."""
-    _act(data, json_out, admin.list_circuits, show.circuit_table)
+    act(data, json_out, admin.list_circuits, show.circuit_table)
 
 
 @main.command()
@@ -123,7 +89,7 @@ def trace(
     rid: Annotated[str, typer.Argument(help="The answer's X-BR-Request-Id.")], json_out: Json = False, data: Data = ""
 ) -> None:
     """The processes a request went through, with their times."""
-    _act(data, json_out, lambda w: admin.trace(w, rid), show.trace_table)
+    act(data, json_out, lambda w: admin.trace(w, rid), show.trace_table)
 
 
 @main.command()
@@ -141,13 +107,13 @@ def restart(
     def work(where: Where) -> dict[str, Any]:
         return {"restarted": control.restart(where.data, role, say)}
 
-    _act(data, json_out, work, lambda done: f"restarted: {', '.join(one['name'] for one in done['restarted'])}")
+    act(data, json_out, work, lambda done: f"restarted: {', '.join(one['name'] for one in done['restarted'])}")
 
 
 @main.command("doctor")
 def doctor_(json_out: Json = False, data: Data = "") -> None:
     """Check this machine and what runs on it; exit code 1 when something must be done."""
-    checks = _act(data, json_out, doctor.examine, show.check_lines)
+    checks = act(data, json_out, doctor.examine, show.check_lines)
     if any(check["state"] == "fail" for check in checks["checks"]):
         raise typer.Exit(1)
 
@@ -174,7 +140,7 @@ def env(
         found = envfile.lines(data)
         return envfile.of_role(found, role) if role else found
 
-    _act(data, json_out, work, text)
+    act(data, json_out, work, text)
 
 
 @main.command()
@@ -182,13 +148,13 @@ def serve(what: Annotated[str, typer.Argument(help="nats, redis or simulator")],
     """Run one embedded server in the foreground (deploy/Procfile.dev)."""
     from deploy.cli import serve as serving  # noqa: PLC0415 - only needed here
 
-    _act(data, json_out=False, work=lambda _: serving.run(what, data), text=str)
+    act(data, json_out=False, work=lambda _: serving.run(what, data), text=str)
 
 
 @main.command()
 def version(json_out: Json = False, data: Data = "") -> None:
     """The versions of Hotpath and what it runs on."""
-    _act(data, json_out, lambda _: admin.versions(), lambda found: "\n".join(f"{k} {v}" for k, v in found.items()))
+    act(data, json_out, lambda _: admin.versions(), lambda found: "\n".join(f"{k} {v}" for k, v in found.items()))
 
 
 @main.command("up", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)

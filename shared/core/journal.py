@@ -56,7 +56,7 @@ def buckets_of(day: int) -> tuple[str, str, str]:
 
 
 @lru_cache(maxsize=4096)
-def _fields(day: int, key: str, user: str) -> tuple[tuple[str, tuple[str, str, str]], ...]:
+def fields_of(day: int, key: str, user: str) -> tuple[tuple[str, tuple[str, str, str]], ...]:
     """The levels of a line, each with its three fields of the balances."""
     levels = ["t"] + ([f"k:{key}"] if key else []) + ([f"u:{user}"] if user else [])
     one, two, three = buckets_of(day)
@@ -137,7 +137,7 @@ class Replay:
         if settled == 0 and pending == 0 and unconfirmed == 0:
             return
         taking = line.op in TAKING
-        for level, names in _fields(line.day, line.key, line.user):
+        for level, names in fields_of(line.day, line.key, line.user):
             limits = self.limits.get(level) if taking else None
             for i, name in enumerate(names):
                 sums = self.balances.get(name)

@@ -79,7 +79,9 @@ class Line(Struct, frozen=True, kw_only=True):
 
 
 class Call(Struct, frozen=True):
-    """A call as the lines tell it; of a request that has none, its reservation. `line`: id of the newest on it."""
+    """A call as the lines tell it; of a request that has none, its reservation. `line`: id of the newest on it.
+
+    `again` is what was posted besides `cost`, by whoever had forgotten the call."""
 
     state: State
     held: int = 0
@@ -89,12 +91,18 @@ class Call(Struct, frozen=True):
     key: str = ""
     user: str = ""
     line: str = ""
+    again: int = 0
+
+    @property
+    def posted(self) -> int:
+        """All that is posted for it."""
+        return self.cost + self.again if self.state in {"settled", "posted"} else 0
 
     @property
     def sums(self) -> tuple[int, int, int]:
         """What it puts into settled, pending and unconfirmed."""
         return (
-            self.cost if self.state in {"settled", "posted"} else 0,
+            self.posted,
             self.held if self.state in {"reserved", "dispatched"} else 0,
             self.held if self.state == "unconfirmed" else 0,
         )
@@ -118,13 +126,18 @@ def follow(line: Line, before: Call) -> tuple[Call, tuple[str, str] | None]:
     wrong = None
     if _again(line, before):
         wrong = ("twice", f"it was {before.state} at {before.cost}")
+        before = replace(before, state="none", again=before.posted)
     elif before.state not in allowed:
         wrong = ("order", f"it was {before.state}")
-    if wrong is not None:
         before = replace(before, state="none")
-    after = Call(state, *_amounts(line, before), line.day, line.key, line.user, line.id)
+    again = before.again
+    if line.op == "correct" and line.settled == line.more[0] - before.posted:
+        again = 0  # reconcile found both
+    after = Call(state, *_amounts(line, before), line.day, line.key, line.user, line.id, again)
     moved = tuple(now - then for now, then in zip(after.sums, before.sums, strict=True))
-    if wrong is None and after.held >= 0 and moved != (line.settled, line.pending, line.unconfirmed):
+    if wrong is not None:
+        return after, wrong
+    if after.held >= 0 and moved != (line.settled, line.pending, line.unconfirmed):
         told = (line.settled, line.pending, line.unconfirmed)
         wrong = ("amount", f"it moved {told} of settled, pending and unconfirmed, and should have moved {moved}")
     if wrong is None and line.op in {"settle", "overrun"} and (line.op == "overrun") != (after.cost > before.held):

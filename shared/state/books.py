@@ -1,7 +1,7 @@
 """Reading a tenant's books, and setting its limits: balances, entries, the journal (DESIGN 4). Nothing here is hot."""
 
 import re
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any, Final, Literal, cast, get_args
 
 import msgspec
@@ -29,6 +29,7 @@ State = Literal["reserved", "voided", "dispatched", "settled", "unconfirmed", "p
 CALL_STATES: Final[dict[str, State]] = {"D": "dispatched", "S": "settled", "U": "unconfirmed", "B": "posted"}
 
 _LIMIT: Final = load("limit", *LEDGER)
+_LOOK: Final = load("look")
 _LEVEL: Final = re.compile(r"t|[ku]:[A-Za-z0-9_-]{1,64}")
 _NAMES: Final = {"t": "tenant", "k": "key", "u": "user"}
 
@@ -51,6 +52,17 @@ class Entry(Struct, frozen=True, kw_only=True):
     day: int  # of the reserve, days since 1970-01-01: the period that is charged
     key: str = ""
     user: str = ""
+
+
+class Look(Struct, frozen=True):
+    """The books at one moment. `whole`: `lines` are all there were behind the id, and `fields` all of the balances."""
+
+    now: int  # server ms
+    lines: list[Line]
+    whole: bool
+    fields: dict[str, str]
+    entries: dict[str, list[Entry]]  # rid -> its calls, [] = forgotten
+    overdue: dict[str, int]  # rid -> when it was due, server ms
 
 
 def check_amount(amount: int) -> int:
@@ -133,6 +145,47 @@ class Books:
         flat = await self._pipeline.execute(b"HGETALL", keys.balances(tenant), within=READ_TIMEOUT)
         texts = [each.decode() for each in flat]
         return dict(zip(texts[::2], texts[1::2], strict=True))
+
+    async def look(self, *, tenant: str, after: str, rids: Iterable[str] = (), overdue_ms: int = 0) -> Look:
+        """The lines behind the id `after` ("" = all), at most a page, and what stood beside them at the same moment:
+        the entries of their requests and of `rids`, leases due more than `overdue_ms` ago (at most 100).
+
+        Raises StateUnavailable.
+        """
+        args: tuple[bytes | int, ...] = (after.encode(), PAGE, overdue_ms, *(bytes.fromhex(rid) for rid in rids))
+        now, lines, flat, entries, due = await self._run(_LOOK, keys.ledger(tenant), args, READ_TIMEOUT)
+        texts = [each.decode() for each in flat]
+        return Look(
+            now=now,
+            lines=[read_line(raw_id.decode(), fields[1], fields[3]) for raw_id, fields in lines],
+            whole=len(lines) < PAGE,
+            fields=dict(zip(texts[::2], texts[1::2], strict=True)),
+            entries={
+                rid.hex(): [] if packed is None else list(read_entry(rid.hex(), msgspec.msgpack.decode(packed)))
+                for rid, packed in zip(entries[::2], entries[1::2], strict=True)
+            },
+            overdue={rid.hex(): int(float(score)) for rid, score in zip(due[::2], due[1::2], strict=True)},
+        )
+
+    async def scan(self, *, tenant: str) -> AsyncIterator[tuple[str, list[Entry]]]:
+        """Every request the ledger remembers, page by page: request id and calls. Raises StateUnavailable."""
+        cursor = b"0"
+        while True:
+            cursor, page = await self._pipeline.execute(
+                b"HSCAN", keys.entries(tenant), cursor, b"COUNT", 200, within=READ_TIMEOUT
+            )
+            for rid, packed in zip(page[::2], page[1::2], strict=True):
+                yield rid.hex(), list(read_entry(rid.hex(), msgspec.msgpack.decode(packed)))
+            if cursor == b"0":
+                return
+
+    async def unleased(self, *, tenant: str, rids: list[str]) -> list[str]:
+        """Those of the requests that have no lease, so that no sweep will ever find them. Raises StateUnavailable."""
+        if not rids:
+            return []
+        raw = [bytes.fromhex(rid) for rid in rids]
+        scores = await self._pipeline.execute(b"ZMSCORE", keys.leases(tenant), *raw, within=READ_TIMEOUT)
+        return [rid for rid, score in zip(rids, scores, strict=True) if score is None]
 
     async def entries(self, *, tenant: str, at_most: int = 100_000) -> list[Entry]:
         """The calls the ledger remembers, at most so many: `hotpath ledger show`. Raises StateUnavailable."""

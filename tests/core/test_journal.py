@@ -194,3 +194,19 @@ def test_what_it_tells():
     assert replay.differences(whole | {"about": "balances", "pruned": "20000"}) == []
     assert len(replay.differences({})) == 6
     assert len(replay.differences(whole | {"t:2024-09": "1 0 0", "t:limit": "5 - -"})) == 2
+
+
+def test_what_was_posted_twice_is_known():
+    """So that reconcile can take it back: by what the entry says, or all of it when that is forgotten."""
+    replay = Replay()
+    lines = (RESERVE, DISPATCH, SETTLE, line("opened", 1, (50, 0, 0), 50, 0, 0))
+    assert [len(replay.feed(each)) for each in lines] == [0, 0, 0, 1]
+    call = replay.call(RID, 1)
+    assert call is not None
+    assert (call.cost, call.posted) == (50, 110)
+    assert replay.feed(line("correct", 1, (-10, 0, 0), 40, 0, 100)) == []
+    assert replay.feed(line("correct", 1, (-60, 0, 0), 40, 0, 100)) == []
+    call = replay.call(RID, 1)
+    assert call is not None
+    assert (call.cost, call.posted) == (40, 40)
+    assert replay.balances["t:lifetime"] == [40, 0, 0]

@@ -1,0 +1,72 @@
+"""`hotpath ledger verify` and `hotpath reconcile` as an operator runs them, against a running Hotpath."""
+
+import json
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import redis
+
+from tests.e2e.rig import Up
+
+
+@pytest.fixture(scope="module")
+def spent(up: Up) -> dict[str, Any]:
+    """A tenant that asked twice: what `keys create` said, and its name."""
+    made: dict[str, Any] = up.cli("keys", "create", "--tenant", "deploy-books", "--limit-usd", "5")
+    for _ in range(2):
+        ask(up, made["key"])
+    return made
+
+
+def ask(up: Up, key: str) -> str:
+    """One whole answer; its request id."""
+    body = {"model": "sim-fast", "messages": [{"role": "user", "content": "Good morning"}], "max_tokens": 20}
+    request = urllib.request.Request(
+        f"{up.url}/v1/chat/completions", json.dumps(body).encode(),
+        {"Authorization": f"Bearer {key}", "Content-Type": "application/json"},
+    )  # fmt: skip
+    with urllib.request.urlopen(request, timeout=20) as answer:
+        rid: str = answer.headers["X-BR-Request-Id"]
+        return rid
+
+
+@pytest.fixture
+def server(up: Up) -> Iterator["redis.Redis"]:
+    """The running Hotpath's Redis."""
+    at = urlsplit(up.run["redis_url"])
+    client = redis.Redis(host=at.hostname or "", port=at.port or 0, username=at.username, password=at.password)
+    yield client
+    client.close()
+
+
+def test_verify(up: Up, spent: dict[str, Any]) -> None:
+    """Right: one line per tenant, exit code 0; nobody need stop the traffic for it."""
+    found = up.cli("ledger", "verify", "deploy-books")
+    (row,) = found["tenants"]
+    assert (found["right"], row["tenant"], row["differences"]) == (True, "deploy-books", [])
+    assert (row["calls"], row["settled"] > 0, row["pending"]) == (2, True, 0)
+    assert up.cli("ledger", "verify")["right"] is True
+    said = up.cli_run("ledger", "verify", "deploy-books").stdout
+    assert said.startswith("deploy-books: right; ")
+    assert len(said.splitlines()) == 1
+    assert "there is no tenant nobody" in up.cli_run("ledger", "verify", "nobody").stderr
+
+
+def test_verify_finds_a_balance_that_somebody_changed(up: Up, spent: dict[str, Any], server: "redis.Redis") -> None:
+    """Faults 52: exit code 1, a line that says what differs and one that says what to do."""
+    name = f"hp:{{{spent['tenant_id']}}}:bal"
+    was = server.hget(name, "t:lifetime")
+    assert isinstance(was, bytes)
+    server.hset(name, "t:lifetime", "1 0 0")
+    try:
+        done = up.cli_run("ledger", "verify", "deploy-books")
+    finally:
+        server.hset(name, "t:lifetime", was)
+    assert done.returncode == 1
+    first, second, third = done.stdout.splitlines()
+    assert "1 difference" in first
+    assert "t:lifetime: the balances say 1 0 0" in second
+    assert third.strip().startswith("-> hotpath ledger rebuild")
