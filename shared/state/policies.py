@@ -19,13 +19,14 @@ from typing import Annotated, Any, Final, Literal, TypeVar, get_args
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from shared.core.keywords import MAX_KEYWORD_CHARS, MAX_KEYWORDS, check_keywords
+
 Mode = Literal["off", "observe", "active"]
 Pii = Literal["off", "flag", "redact", "block"]
 
 #: A billion tokens a minute is more than any provider sells; Lua's buckets count it exactly.
 MAX_RATE: Final = 1_000_000_000
 MAX_MODELS: Final = 100
-MAX_KEYWORDS: Final = 1000
 #: The end of 9999: beyond it no date can be shown.
 MAX_TIME: Final = 253_402_300_799_999
 #: What is allowed when nobody can read what is: no model has an empty name.
@@ -37,7 +38,7 @@ _CLOSED: Final = ("",)
 _NUMBER: Final = re.compile(rb"[1-9][0-9]{0,15}")
 
 Rate = Annotated[int, Meta(ge=0, le=MAX_RATE, description="A minute; 0 = no limit.")]
-Keyword = Annotated[str, Meta(min_length=1, max_length=128)]
+Keyword = Annotated[str, Meta(min_length=1, max_length=MAX_KEYWORD_CHARS)]
 Keywords = Annotated[list[Keyword], Meta(max_length=MAX_KEYWORDS, description="Words looked for in prompts.")]
 ModelName = Annotated[str, Meta(min_length=1, max_length=256)]
 Models = Annotated[list[ModelName], Meta(max_length=MAX_MODELS, description="What the key may ask for; [] = all.")]
@@ -176,6 +177,7 @@ def tenant_fields(change: TenantChange) -> dict[str, str | None]:
         if (word := getattr(checked, name)) is not UNSET:
             found[name] = word
     if checked.keywords is not UNSET:
+        check_keywords(checked.keywords)
         found["keywords"] = _array(checked.keywords)
     if checked.clamp is not UNSET:
         found["clamp"] = "1" if checked.clamp else "0"

@@ -159,7 +159,7 @@ async def test_what_is_damaged_is_strict(
     [
         {"mode": "on"}, {"pii": 1}, {"clamp": "yes"}, {"rpm": -1}, {"tpm": 1_000_000_001}, {"rpm": True},
         {"keywords": ["a"] * 1001}, {"keywords": [""]}, {"keywords": ["x" * 129]}, {"keywords": ["a\n"]},
-        {"keywords": [" a"]},
+        {"keywords": [" a"]}, {"keywords": ["e", "de", "cde", "bcde", "abcde"]},
     ],
 )  # fmt: skip
 def test_policies_that_cannot_be(change: dict[str, Any]) -> None:

@@ -10,7 +10,6 @@ It looks for what people write by accident, not for what somebody hides on purpo
 
 from shared.core.pii.body import Redacted, Unredactable, redact_body, scan_body
 from shared.core.pii.engine import ACTIONS, OFF_LOOP_BYTES, Action, Finding, Policy, Scanner, Span, compile_policy
-from shared.core.pii.keywords import check_keywords
 
 __all__ = [
     "ACTIONS",
@@ -22,7 +21,6 @@ __all__ = [
     "Scanner",
     "Span",
     "Unredactable",
-    "check_keywords",
     "compile_policy",
     "redact_body",
     "scan_body",

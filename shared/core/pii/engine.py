@@ -33,7 +33,7 @@ class Policy(Struct, frozen=True, kw_only=True):
     """What a tenant wants done: one action for personal data and keywords alike."""
 
     pii: Action = "off"
-    keywords: tuple[str, ...] = ()  # whole words, in any case; see `keywords.check_keywords` for their bounds
+    keywords: tuple[str, ...] = ()  # whole words, in any case; `core.keywords.check_keywords` has their bounds
 
 
 class Finding(Struct, frozen=True):
@@ -114,7 +114,7 @@ class NumberFinder:
                 match = self._match(framed, place)
             if match is not None:
                 yield match[0] - 1, match[1] - 1, match[2]
-                place = match[1]
+                place = match[1] - 1  # its last byte may be what stands before the next
             else:
                 place = decimals_end(framed, place)
 

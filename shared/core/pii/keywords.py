@@ -13,49 +13,18 @@ from typing import Final
 
 from ahocorasick_rs import BytesAhoCorasick, Implementation
 
-MAX_KEYWORDS: Final = 1000
-MAX_KEYWORD_CHARS: Final = 128
-#: Keywords that end in one another (`card`, `credit card`) are all found at one place: more than this many of them at
-#: one place would make the work many times the text.
-MAX_NESTED: Final = 4
+from shared.core.keywords import check_keywords, fold
 
 #: Bytes given to the automaton at once, which bounds the list that it returns.
 _CHUNK: Final = 65_536
 #: Up to this many bytes of keywords the automaton is a full table (1.3 times as fast, 1 KiB of memory a byte).
 _TABLE_BYTES: Final = 16_384
-_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
 _PLACEHOLDER: Final = re.compile(r"\[REDACTED:[a-z_]{1,16}\]")
 _SPACELESS: Final = ((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x2E80, 0xD7FF), (0xF900, 0xFAFF))
 _ASTRAL_CJK: Final = 0x20000
 #: By byte of UTF-8: 1 a letter for sure, 0 none for sure, 2 not decided by one byte. Two neighbours whose product is 1
 #: are of one word.
 _LETTERS: Final = bytes(2 if byte > 0x7F else int(chr(byte).isalnum() or byte == 0x5F) for byte in range(256))
-
-
-def check_keywords(words: Sequence[str]) -> None:
-    """Raises ValueError, which says which word is wrong (by its place, the text of a policy is not for logs)."""
-    if len(words) > MAX_KEYWORDS:
-        raise ValueError(f"at most {MAX_KEYWORDS} keywords, these are {len(words)}")
-    for place, word in enumerate(words, 1):
-        if not 0 < len(word) <= MAX_KEYWORD_CHARS:
-            raise ValueError(f"keyword {place}: 1 to {MAX_KEYWORD_CHARS} characters, this has {len(word)}")
-        if word != word.strip() or _CONTROL.search(word):
-            raise ValueError(f"keyword {place}: no space around it and no control characters")
-        if not word.isprintable():
-            raise ValueError(f"keyword {place}: printable characters only")
-    folded = sorted({fold(word)[::-1] for word in words})
-    nested: list[str] = []
-    for word in folded:  # in this order all that end in a word follow it
-        while nested and not word.startswith(nested[-1]):
-            nested.pop()
-        nested.append(word)
-        if len(nested) > MAX_NESTED:
-            raise ValueError(f"more than {MAX_NESTED} keywords end in one another")
-
-
-def fold(text: str) -> str:
-    """Lower case, as many characters as before."""
-    return text.lower() if text.isascii() else text.replace("\u0130", "i").lower().replace("\u03c2", "\u03c3")
 
 
 class Automaton:

@@ -1,0 +1,37 @@
+"""What an operator's keywords may be, and when two texts are the same word. `pii.keywords` looks for them.
+
+Apart from the engine, so that whoever stores a policy can check it without loading one.
+"""
+
+from collections.abc import Sequence
+from typing import Final
+
+MAX_KEYWORDS: Final = 1000
+MAX_KEYWORD_CHARS: Final = 128
+#: Keywords that end in one another (`card`, `credit card`) are all found at one place: more than this many of them at
+#: one place would make the work many times the text.
+MAX_NESTED: Final = 4
+
+
+def check_keywords(words: Sequence[str]) -> None:
+    """Raises ValueError, which says which word is wrong (by its place, the text of a policy is not for logs)."""
+    if len(words) > MAX_KEYWORDS:
+        raise ValueError(f"at most {MAX_KEYWORDS} keywords, these are {len(words)}")
+    for place, word in enumerate(words, 1):
+        if not 0 < len(word) <= MAX_KEYWORD_CHARS:
+            raise ValueError(f"keyword {place}: 1 to {MAX_KEYWORD_CHARS} characters, this has {len(word)}")
+        if word != word.strip() or not word.isprintable():
+            raise ValueError(f"keyword {place}: printable characters, and no space around them")
+    folded = sorted({fold(word)[::-1] for word in words})
+    nested: list[str] = []
+    for word in folded:  # in this order all that end in a word follow it
+        while nested and not word.startswith(nested[-1]):
+            nested.pop()
+        nested.append(word)
+        if len(nested) > MAX_NESTED:
+            raise ValueError(f"more than {MAX_NESTED} keywords end in one another")
+
+
+def fold(text: str) -> str:
+    """Lower case, as many characters as before."""
+    return text.lower() if text.isascii() else text.replace("\u0130", "i").lower().replace("\u03c2", "\u03c3")
