@@ -32,8 +32,12 @@ def load(name: str, *prelude: str) -> Script:
     shebang, _, body = (_FOLDER / f"{name}.lua").read_text("utf-8").partition("\n")
     shared = [(_FOLDER / f"{part}.lua").read_text("utf-8") for part in prelude]
     text = "\n".join([shebang, *shared, body]).encode()
-    # Redis names scripts by their SHA-1: an address, not a safeguard
-    return Script(name, text, hashlib.sha1(text, usedforsecurity=False).hexdigest().encode())
+    return Script(name, text, digest(text))
+
+
+def digest(text: bytes) -> bytes:
+    """What Redis names a script by: its SHA-1 in hex, an address, not a safeguard."""
+    return hashlib.sha1(text, usedforsecurity=False).hexdigest().encode()
 
 
 class Scripts:

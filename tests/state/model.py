@@ -1,16 +1,43 @@
-"""The ledger as plain integers: what the Lua must equal after every step. One tenant, one day, virtual time.
+"""The ledger as plain integers: what the Lua must equal after every step. One tenant, virtual time.
 
-Written from DESIGN 4 and the docstrings of `shared.state.base`, not from the scripts; slow and obvious on purpose.
+Written from DESIGN 4 and the docstrings of `shared.state.base`, not from the scripts; slow and obvious on purpose:
+nothing is added up as it happens, every balance is the sum of the bill and of the entries, each time anew.
 """
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Final
 
+from shared.state import keys
+from shared.state.ledger import KEEP_DAYS, KEEP_MONTHS, KEEP_USER_DAYS, MAX_AMOUNT
 from tests.state.rig import DAY, MINUTE
 
 GRACE, TOMBSTONE, UNCONFIRMED = 3 * MINUTE, 10 * MINUTE, DAY
 
 Answer = tuple[str | int, ...]
+Field = tuple[str, str]  # level, bucket
+PERIODS: Final = keys.PERIODS
+
+
+@dataclass(frozen=True)
+class Account:
+    """Who is charged, and when."""
+
+    day: int
+    key: str
+    user: str
+
+    @property
+    def levels(self) -> list[str]:
+        return ["t"] + [f"k:{self.key}"] * bool(self.key) + [f"u:{self.user}"] * bool(self.user)
+
+    @property
+    def buckets(self) -> list[str]:
+        return [keys.bucket(period, self.day * DAY) for period in PERIODS]
+
+    @property
+    def fields(self) -> list[Field]:
+        return [(level, bucket) for level in self.levels for bucket in self.buckets]
 
 
 @dataclass
@@ -22,6 +49,7 @@ class Call:
     delivery: int
     cost: int = 0
     due: int = 0
+    estimated: bool = False
 
 
 @dataclass
@@ -29,14 +57,18 @@ class Entry:
     state: str  # reserved voided called
     delivery: int
     voided: int
-    deadline: int
+    deadline: int  # 0: never reserved
     amount: int
+    account: Account
     calls: list[Call] = field(default_factory=list)
     forget_at: int = 0
 
     @property
     def last(self) -> Call | None:
         return max(self.calls, key=lambda call: call.number, default=None)
+
+    def call(self, number: int) -> Call | None:
+        return next((each for each in self.calls if each.number == number), None)
 
     def due(self) -> int:
         """When something happens to it next."""
@@ -49,52 +81,85 @@ class Entry:
         return self.state == "reserved" or any(call.state in {"dispatched", "unconfirmed"} for call in self.calls)
 
 
+@dataclass
+class Posting:
+    """One line of the bill: what a call cost, and whose."""
+
+    cost: int
+    account: Account
+
+
 class Model:
     """Every verb answers what the ledger answers, as a tuple."""
 
-    def __init__(self) -> None:
-        self.now = 0
+    def __init__(self, now: int) -> None:
+        self.now = now
         self.entries: dict[str, Entry] = {}
-        self.settled = 0
-        self.limits: dict[str, int] = {}
+        self.limits: dict[tuple[str, str], int] = {}  # level, period
         self.forgotten: Counter[str] = Counter()  # how often a request was forgotten: then its numbers begin anew
+        self.bill: dict[tuple[str, int, int], Posting] = {}  # rid, life, call
+        self.pruned: set[Field] = set()  # dropped: nobody may ask for them any more
+        self.pruned_on = 0
 
     # ---- sums --------------------------------------------------------------------------------------------------------
 
     @property
-    def pending(self) -> int:
-        reserved = sum(entry.amount for entry in self.entries.values() if entry.state == "reserved")
-        return reserved + self._held("dispatched")
+    def today(self) -> int:
+        return self.now // DAY
 
-    @property
-    def unconfirmed(self) -> int:
-        return self._held("unconfirmed")
+    def balance(self, where: Field) -> tuple[int, int, int]:
+        """Settled, pending, unconfirmed of a level in a bucket: I1 is that this is what Redis has."""
+        settled = sum(each.cost for each in self.bill.values() if where in each.account.fields)
+        there = [entry for entry in self.entries.values() if where in entry.account.fields]
+        reserved = sum(entry.amount for entry in there if entry.state == "reserved")
+        held = Counter[str]()
+        for entry in there:
+            for call in entry.calls:
+                held[call.state] += call.amount
+        return settled, reserved + held["dispatched"], held["unconfirmed"]
 
-    def _held(self, state: str) -> int:
-        return sum(call.amount for entry in self.entries.values() for call in entry.calls if call.state == state)
+    def fields(self) -> set[Field]:
+        """All that may be asked for."""
+        accounts = [each.account for each in self.bill.values()]
+        accounts += [entry.account for entry in self.entries.values()]
+        return {where for account in accounts for where in account.fields} - self.pruned
 
-    def _left(self) -> int | None:
-        used = self.settled + self.pending + self.unconfirmed
-        return min((limit - used for limit in self.limits.values()), default=None)
+    def denies(self, account: Account, amount: int) -> Answer | None:
+        """The tightest limit that `amount` would pass, if any: what is left of it, its level and period.
 
-    def _denies(self, amount: int) -> Answer | None:
-        left = self._left()
-        return ("denied", max(0, left)) if left is not None and 0 < amount > left else None
+        What is held is itself below 2^53 in every bucket, limits or none: Lua's integers end there."""
+        left, which, where = MAX_AMOUNT, "t", "lifetime"
+        for level in account.levels:
+            for period, bucket in zip(PERIODS, account.buckets, strict=True):
+                settled, pending, unconfirmed = self.balance((level, bucket))
+                room = MAX_AMOUNT - pending - unconfirmed
+                limit = self.limits.get((level, period))
+                if limit is not None:
+                    room = limit - settled - pending - unconfirmed
+                if room < left:
+                    left, which, where = room, level, period
+        return ("denied", max(0, left), which, where) if 0 < amount > left else None
+
+    def has_limit(self, level: str) -> bool:
+        return any(each == level for each, _ in self.limits)
 
     # ---- verbs -------------------------------------------------------------------------------------------------------
 
-    def reserve(self, rid: str, delivery: int, amount: int, ttl: int) -> Answer:
+    def reserve(
+        self, rid: str, delivery: int, amount: int, ttl: int, key: str = "", user: str = "", least: int = 0
+    ) -> Answer:
         if ttl < 0:
             return ("late",)
         self.sweep()
         entry = self.entries.get(rid)
         if entry and entry.state == "reserved":
-            denied = self._denies(amount - entry.amount)
-            if denied:
-                return denied
+            if amount > entry.amount and not 0 < least <= entry.amount:  # what was clamped stays so
+                answer = self._fit(entry.account, amount, entry.amount, least)
+                if answer[0] != "ok":
+                    return answer
+                entry.amount = int(answer[1])
             entry.delivery = max(entry.delivery, delivery)
-            entry.amount = max(entry.amount, amount)
-            return ("ok", entry.amount)
+            return self._ok(entry, entry.amount)
         if entry and entry.state == "called":
             last = entry.last
             assert last is not None
@@ -102,14 +167,28 @@ class Model:
             if open_amount is None and (delivery <= entry.delivery or not last.instance):
                 return ("closed",)
             entry.delivery = max(entry.delivery, delivery)
-            return ("ok", open_amount or 0)
+            return self._ok(entry, open_amount or 0)
         if entry and delivery <= entry.voided:
             return ("refused",)
-        denied = self._denies(amount)
-        if denied:
-            return denied
-        self.entries[rid] = Entry("reserved", delivery, entry.voided if entry else 0, self.now + ttl, amount)
-        return ("ok", amount)
+        account = Account(self.today, key, user if self.has_limit(f"u:{user}") else "")
+        answer = self._fit(account, amount, 0, least)
+        if answer[0] != "ok":
+            return answer
+        voided = entry.voided if entry else 0
+        fresh = Entry("reserved", delivery, voided, self.now + ttl, int(answer[1]), account)
+        self.entries[rid] = fresh
+        return self._ok(fresh, fresh.amount)
+
+    def _fit(self, account: Account, amount: int, held: int, least: int) -> Answer:
+        """Whether `amount` fits where `held` of it is held already; when not, but `least` does, all that is left."""
+        denied = self.denies(account, amount - held)
+        if denied and least > 0 and held + int(denied[1]) >= least:
+            return ("ok", held + int(denied[1]))
+        return denied or ("ok", amount)
+
+    @staticmethod
+    def _ok(entry: Entry, held: int) -> Answer:
+        return ("ok", held, entry.account.day, int(bool(entry.account.user)))
 
     def dispatch(self, rid: str, delivery: int, instance: str, lost: str, amount: int, max_calls: int) -> Answer:
         entry = self.entries.get(rid)
@@ -155,19 +234,49 @@ class Model:
             last.state, last.due = "unconfirmed", self.now + UNCONFIRMED
         if last.number + 1 > max_calls:
             return ("exhausted",)
-        denied = self._denies(amount)
+        denied = self.denies(entry.account, amount)
         if denied:
-            return denied
+            return denied[:2]
         entry.calls.append(Call(last.number + 1, "dispatched", amount, instance, delivery))
         return ("won", last.number + 1)
 
-    def settle(self, rid: str, number: int, cost: int) -> str:
+    def extend(self, rid: str, number: int, total: int, delivery: int, instance: str) -> Answer:
+        entry = self.entries.get(rid)
+        if entry is None:
+            return ("missing",)
+        call = entry.call(number)
+        if call is None or call.state != "dispatched" or (call.instance, call.delivery) != (instance, delivery):
+            return ("closed",)
+        denied = self.denies(entry.account, total - call.amount)
+        if denied:
+            return denied[:2]
+        call.amount = max(call.amount, total)
+        return ("ok", call.amount)
+
+    def settle(self, rid: str, number: int, cost: int, account: Account, *, estimated: bool = False) -> str:
+        return self._post(rid, number, cost, account, estimated=estimated, bill=False)
+
+    def correct(self, rid: str, number: int, cost: int, account: Account, was: int = -1) -> str:
+        """`was` >= 0 names a posting of an earlier life of the request, the last one."""
+        if rid in self.entries:
+            return self._post(rid, number, cost, account, estimated=False, bill=True)
+        if was < 0:
+            return "missing"
+        if was == cost:
+            return "duplicate"
+        self.bill[rid, self.forgotten[rid] - 1, number].cost = cost
+        return "corrected"
+
+    def _post(self, rid: str, number: int, cost: int, account: Account, *, estimated: bool, bill: bool) -> str:
         status = "settled"
         entry = self.entries.get(rid)
         if entry is None:
-            entry = self.entries[rid] = Entry("called", 0, 0, -1, 0)
+            day = account.day or self.today
+            entry = self.entries[rid] = Entry("called", 0, 0, 0, 0, replace(account, day=day))
             status = "opened"
-        call = next((each for each in entry.calls if each.number == number), None)
+        if not entry.account.key:  # voided before it was ever reserved
+            entry.account = replace(entry.account, key=account.key, user=account.user)
+        call = entry.call(number)
         if call is None:
             call = Call(number, "new", 0, "", 0)
             if entry.state == "reserved":
@@ -177,18 +286,22 @@ class Model:
                 status = "late" if entry.state == "voided" else "opened"
             entry.calls.append(call)
         if call.state == "settled":
-            return "duplicate"
-        if call.state in {"unconfirmed", "posted"}:
+            if not bill or (call.cost == cost and not call.estimated):
+                return "duplicate"
+            status = "corrected"
+        elif call.state in {"unconfirmed", "posted"}:
             status = "late"
         elif call.state == "dispatched" and cost > call.amount:
             status = "overrun"
-        self.settled += cost - (call.cost if call.state == "posted" else 0)
-        entry.state, call.state, call.cost = "called", "settled", cost
+        entry.state, call.state, call.cost, call.estimated = "called", "settled", cost, estimated
+        self.bill[rid, self.forgotten[rid], number] = Posting(cost, entry.account)
         entry.forget_at = max(self.now + TOMBSTONE, entry.deadline + GRACE)
         return status
 
-    def void(self, rid: str, delivery: int, instance: str, lowest: int) -> str:
-        entry = self.entries.setdefault(rid, Entry("voided", 0, 0, -1, 0))
+    def void(self, rid: str, delivery: int, instance: str, lowest: int, key: str = "", user: str = "") -> str:
+        entry = self.entries.get(rid)
+        if entry is None:
+            entry = self.entries[rid] = Entry("voided", 0, 0, 0, 0, Account(self.today, key, user))
         last = entry.last
         if last is not None:
             if not instance or (last.instance, last.delivery, last.state) != (instance, delivery, "dispatched"):
@@ -205,12 +318,31 @@ class Model:
 
     # ---- time --------------------------------------------------------------------------------------------------------
 
+    def expire(self) -> int:
+        swept = self.sweep()
+        if self.pruned_on != self.today:
+            self.pruned_on = self.today
+            self.pruned |= {where for where in self.fields() if self._old(*where)}
+        return swept
+
+    def _old(self, level: str, bucket: str) -> bool:
+        if bucket == "lifetime":
+            return False
+        user, month = level.startswith("u:"), len(bucket) == len("2026-11")
+        if not month:
+            return bucket < keys.bucket("day", (self.today - (KEEP_USER_DAYS if user else KEEP_DAYS)) * DAY)
+        if user:
+            return bucket < keys.bucket("month", (self.today - KEEP_USER_DAYS) * DAY)
+        year, number = map(int, keys.bucket("month", self.now).split("-"))
+        first = year * 12 + number - 1 - KEEP_MONTHS
+        return bucket < f"{first // 12:04d}-{first % 12 + 1:02d}"
+
     def sweep(self) -> int:
         due = [rid for rid, entry in self.entries.items() if entry.due() <= self.now]
         for rid in due:
             entry = self.entries[rid]
             held = entry.holds()
-            self._lapse(entry)
+            self._lapse(rid, entry)
             if held:
                 entry.forget_at = max(self.now + TOMBSTONE, entry.deadline + GRACE)
             else:
@@ -218,12 +350,12 @@ class Model:
                 self.forgotten[rid] += 1
         return len(due)
 
-    def _lapse(self, entry: Entry) -> None:
+    def _lapse(self, rid: str, entry: Entry) -> None:
         if entry.state == "reserved":
             entry.state, entry.voided = "voided", max(entry.voided, entry.delivery)
         for call in entry.calls:
             if call.state == "dispatched" and entry.deadline + GRACE <= self.now:
                 call.state, call.due = "unconfirmed", self.now + UNCONFIRMED
             elif call.state == "unconfirmed" and call.due <= self.now:
-                call.state, call.cost = "posted", call.amount
-                self.settled += call.amount
+                call.state, call.cost, call.estimated = "posted", call.amount, True
+                self.bill[rid, self.forgotten[rid], call.number] = Posting(call.amount, entry.account)

@@ -11,6 +11,7 @@ from shared.settings import Settings, load
 from shared.state import keys
 from shared.state.base import Dispatched, Extended, Level, Rates, Reserved
 from shared.state.books import Entry
+from shared.state.ledger import RedisLedger
 from shared.state.redis import State
 
 MINUTE = 60_000
@@ -39,13 +40,14 @@ def new_rid() -> str:
 class Money:
     """The ledger of one tenant. `stale` sends a not-after that has gone by."""
 
-    def __init__(self, state: State, tenant: str) -> None:
+    def __init__(self, state: State, tenant: str, ledger: RedisLedger | None = None) -> None:
         self.state = state
         self.tenant = tenant
+        self.ledger = ledger or state.ledger
 
     @property
     def now(self) -> int:
-        return self.state.clock.now()
+        return self.ledger._now()
 
     def _not_after(self, stale: bool) -> int:
         return self.now + (-5000 if stale else 5000)
@@ -61,7 +63,7 @@ class Money:
         self, rid: str, delivery: int = 1, amount: int = 100, ttl: int = HOUR, *, stale: bool = False,
         key: str = KEY, user: str = "", least: int = 0, rates: Rates | None = None,
     ) -> Reserved:  # fmt: skip
-        return await self.state.ledger.reserve(
+        return await self.ledger.reserve(
             tenant=self.tenant, rid=rid, delivery=delivery, amount=amount, deadline=self.now + ttl,
             not_after=self._not_after(stale), key=key, user=user, least=least, rates=rates,
         )  # fmt: skip
@@ -70,7 +72,7 @@ class Money:
         self, rid: str, delivery: int = 1, instance: str = "A", lost: str = "", amount: int = 100, max_calls: int = 3,
         *, stale: bool = False,
     ) -> Dispatched:  # fmt: skip
-        return await self.state.ledger.dispatch(
+        return await self.ledger.dispatch(
             tenant=self.tenant, rid=rid, delivery=delivery, instance=instance, lost=lost, amount=amount,
             max_calls=max_calls, not_after=self._not_after(stale),
         )  # fmt: skip
@@ -79,7 +81,7 @@ class Money:
         self, rid: str, call: int, delivery: int = 1, instance: str = "A", amount: int = 100, max_calls: int = 3,
         *, stale: bool = False,
     ) -> Dispatched:  # fmt: skip
-        return await self.state.ledger.topup(
+        return await self.ledger.topup(
             tenant=self.tenant, rid=rid, call=call, delivery=delivery, instance=instance, amount=amount,
             max_calls=max_calls, not_after=self._not_after(stale),
         )  # fmt: skip
@@ -87,7 +89,7 @@ class Money:
     async def extend(
         self, rid: str, call: int, total: int, delivery: int = 1, instance: str = "A", *, stale: bool = False
     ) -> Extended:
-        return await self.state.ledger.extend(
+        return await self.ledger.extend(
             tenant=self.tenant, rid=rid, call=call, delivery=delivery, instance=instance, total=total,
             not_after=self._not_after(stale),
         )  # fmt: skip
@@ -96,37 +98,42 @@ class Money:
         self, rid: str, call: int = 1, cost: int = 60, *, estimated: bool = False,
         key: str = KEY, user: str = "", day: int = 0, tokens: int = 0,
     ) -> str:  # fmt: skip
-        settled = await self.state.ledger.settle(
+        settled = await self.ledger.settle(
             tenant=self.tenant, rid=rid, call=call, cost=cost, estimated=estimated, key=key, user=user, day=day,
             tokens=tokens,
         )  # fmt: skip
         assert bool(settled.line) == (settled.status != "duplicate")
         return settled.status
 
-    async def correct(self, rid: str, call: int = 1, cost: int = 60, *, day: int = 0, was: int = -1) -> str:
-        settled = await self.state.ledger.correct(
-            tenant=self.tenant, rid=rid, call=call, cost=cost, key=KEY, day=day, was=was
+    async def correct(
+        self, rid: str, call: int = 1, cost: int = 60, *, key: str = KEY, user: str = "", day: int = 0, was: int = -1
+    ) -> str:
+        settled = await self.ledger.correct(
+            tenant=self.tenant, rid=rid, call=call, cost=cost, key=key, user=user, day=day, was=was
         )
+        assert bool(settled.line) == (settled.status not in {"duplicate", "missing"})
         return settled.status
 
-    async def void(self, rid: str, delivery: int = 1, instance: str = "", call: int = 1) -> str:
-        return await self.state.ledger.void(
-            tenant=self.tenant, rid=rid, delivery=delivery, instance=instance, call=call
+    async def void(
+        self, rid: str, delivery: int = 1, instance: str = "", call: int = 1, *, key: str = "", user: str = ""
+    ) -> str:
+        return await self.ledger.void(
+            tenant=self.tenant, rid=rid, delivery=delivery, instance=instance, call=call, key=key, user=user
         )
 
     async def expire(self) -> int:
-        return (await self.state.ledger.expire(tenant=self.tenant))[0]
+        return (await self.ledger.expire(tenant=self.tenant))[0]
 
     async def limit(self, period: keys.Period, limit: int | None, level: str = "t") -> None:
-        await self.state.set_limit(self.tenant, period, limit, level)
+        await self.ledger.set_limit(tenant=self.tenant, period=period, limit=limit, level=level)
 
     async def levels(self, level: str = "t") -> dict[str, Level]:
-        return {each.period: each for each in await self.state.ledger.balances(tenant=self.tenant, level=level)}
+        return {each.period: each for each in await self.ledger.balances(tenant=self.tenant, level=level)}
 
     async def journal(self) -> list[Line]:
         """All of it."""
         lines: list[Line] = []
-        while page := await self.state.ledger.journal(tenant=self.tenant, after=lines[-1].id if lines else ""):
+        while page := await self.ledger.journal(tenant=self.tenant, after=lines[-1].id if lines else ""):
             lines += page
         return lines
 
@@ -139,7 +146,7 @@ class Money:
         return [(each.call, each.state) for each in await self.entries() if each.rid == rid]
 
     async def entries(self) -> list[Entry]:
-        return await self.state.ledger.entries(tenant=self.tenant)
+        return await self.ledger.entries(tenant=self.tenant)
 
     async def raw(self, *command: bytes | int | str) -> Any:
         return await self.state._side.execute(*command, within=1.0)

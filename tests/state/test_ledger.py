@@ -46,6 +46,17 @@ async def test_reserve_again_with_more_holds_the_rest(money: Money) -> None:
     assert await money.held() == (250, 0, 0)
 
 
+async def test_reserve_again_is_clamped_as_the_first_time(money: Money) -> None:
+    """DESIGN 4 (`least`): a later delivery needs more than is held, and all of it does not fit, but enough does."""
+    await money.limit("day", 300)
+    rid = new_rid()
+    await money.reserve(rid, 1, 100)
+    assert await money.reserve(rid, 2, 500, least=301) == Reserved(status="denied", left=200)
+    assert await money.reserve(rid, 2, 500, least=300) == Reserved(status="ok", amount=300)
+    assert await money.reserve(rid, 3, 500, least=250) == Reserved(status="ok", amount=300)  # clamped, and stays so
+    assert await money.held() == (0, 300, 0)
+
+
 async def test_reserve_is_denied_at_the_limit_and_says_what_is_left(money: Money) -> None:
     """I2, D1: strictly greater than the limit is denied, equal is not."""
     await money.limit("day", 1000)

@@ -1,111 +1,123 @@
-"""The real Lua against a model of plain integers, step by step (I2, I3, I7): duplicated, reordered, late, stale calls,
-several deliveries and calls, lost holders, voids before reserves, limits on several periods, time passing.
+"""The real Lua against a model of plain integers, step by step (I1, I2, I3, I7; D1, D2).
+
+Duplicated, reordered, late and stale calls, several deliveries and calls, lost holders, voids before reserves; a
+tenant, two keys and two users with limits of each period that come and go; clamping, more in the middle of a stream,
+corrections by the bill; midnights, ends of months and years; amounts above $100,000, lifetimes beyond 2^53 nano-USD.
+The journal is replayed after every step, and once more from its oldest line at the end.
+
+    LEDGER_SEQUENCES=2000 .venv/bin/python -m pytest -q -s --timeout 3000 tests/state/test_ledger_machine.py
 """
 
 import asyncio
-from collections.abc import Callable
-from typing import Any, ClassVar
+import os
+from typing import Any
 
-import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    precondition,
-    rule,
-    run_state_machine_as_test,
-)
+from hypothesis.stateful import precondition, rule, run_state_machine_as_test
 
 from shared.state import keys
-from shared.state.base import Dispatched, Reserved
 from shared.state.redis import State
-from tests.state.model import GRACE, Answer, Entry, Model
-from tests.state.rig import DAY, HOUR, MINUTE, Money, new_rid, settings_for
+from tests.state.look import has_holder, is_open, is_reserved, is_voided, told
+from tests.state.machine import LEVELS, MOST, BothSides, done
+from tests.state.model import GRACE, PERIODS, Account
+from tests.state.rig import DAY, HOUR, MINUTE, new_rid, settings_for
 
-requests = st.integers(0, 2)
+requests = st.integers(1, 4)
 deliveries = st.integers(1, 3)
 instances = st.sampled_from("ABC")
 amounts = st.sampled_from([0, 1, 99, 100, 250])
+leasts = st.sampled_from([0, 0, 1, 1, 90, 251])
 calls = st.integers(1, 4)
 plans = st.integers(1, 4)
-
-#: Real time passes too while the test runs; the model ignores it, so no due time may be this near.
-BLUR = 30_000
+costs = st.sampled_from([0, 1, 60, 100, 400])
 
 
-def told(answer: Reserved | Dispatched) -> Answer:
-    """An answer with only the fields that its status has."""
-    if isinstance(answer, Reserved):
-        return {"ok": ("ok", answer.amount), "denied": ("denied", answer.left)}.get(answer.status, (answer.status,))
-    if answer.status == "won":
-        return ("won", answer.call)
-    if answer.status in {"refused", "closed"}:
-        return (answer.status, answer.holder, answer.delivery)
-    return (answer.status, answer.left) if answer.status == "denied" else (answer.status,)
-
-
-def has_holder(entry: Entry | None) -> bool:
-    """Whether some instance won the newest call."""
-    return entry is not None and entry.last is not None and bool(entry.last.instance)
-
-
-class LedgerMachine(RuleBasedStateMachine):
-    """One tenant, three requests."""
-
-    runner: ClassVar[asyncio.Runner]
-    state: ClassVar[State]
-
-    @initialize()
-    def begin(self) -> None:
-        self.money = Money(self.state, f"m{new_rid()}")
-        self.model = Model()
-        self.rids = [new_rid() for _ in range(3)]
-        self.winners: dict[tuple[str, int, int], tuple[str, int]] = {}
-        self.admitted = False
-
-    def ask(self, coroutine: Any) -> Any:
-        return self.runner.run(coroutine)
-
-    def admit(self, answer: Any, expected: Answer, amount: int) -> None:
-        assert told(answer) == expected
-        self.admitted = amount > 0 and expected[0] in {"ok", "won"}
-
-    def won(self, rid: str, answer: Dispatched, holder: tuple[str, int], max_calls: int, *, fresh: bool) -> None:
-        """I7: a call number is only ever won by one holder, and the Plan is not exceeded."""
-        if answer.status == "won":
-            assert self.winners.setdefault((rid, self.model.forgotten[rid], answer.call), holder) == holder
-            assert answer.call <= max_calls or not fresh
+class LedgerMachine(BothSides):
+    """One tenant, a few requests."""
 
     # ---- anything at all: duplicated, reordered, by whomever ---------------------------------------------------------
 
-    @rule(request=requests, delivery=deliveries, amount=amounts, ttl=st.sampled_from([HOUR, 5 * MINUTE, -MINUTE]))
-    def reserve(self, request: int, delivery: int, amount: int, ttl: int) -> None:
-        self.reserves(self.rids[request], delivery, amount, ttl)
+    @rule(request=requests, delivery=deliveries, amount=amounts, least=leasts,
+          ttl=st.sampled_from([HOUR, 5 * MINUTE, -MINUTE]))  # fmt: skip
+    def reserve(self, request: int, delivery: int, amount: int, least: int, ttl: int) -> None:
+        self.reserves(self.request(request), delivery, amount, ttl, least)
 
     @rule(request=requests, delivery=deliveries, instance=instances, lost=st.sampled_from(["", "", "A", "B", "C"]),
           amount=amounts, max_calls=plans)  # fmt: skip
     def dispatch(self, request: int, delivery: int, instance: str, lost: str, amount: int, max_calls: int) -> None:
-        self.dispatches(self.rids[request], delivery, instance, lost, amount, max_calls)
+        self.dispatches(self.request(request), delivery, instance, lost, amount, max_calls)
 
     @rule(request=requests, call=calls, delivery=deliveries, instance=instances, amount=amounts, max_calls=plans)
     def topup(self, request: int, call: int, delivery: int, instance: str, amount: int, max_calls: int) -> None:
-        self.tops_up(self.rids[request], call, delivery, instance, amount, max_calls)
+        self.tops_up(self.request(request), call, delivery, instance, amount, max_calls)
+
+    @rule(request=requests, call=calls, total=amounts, delivery=deliveries, instance=instances)
+    def extend(self, request: int, call: int, total: int, delivery: int, instance: str) -> None:
+        self.extends(self.request(request), call, total, delivery, instance)
+
+    @rule(request=requests, call=calls, cost=costs, estimated=st.booleans(), yesterday=st.booleans())
+    def settle(self, request: int, call: int, cost: int, estimated: bool, yesterday: bool) -> None:
+        self.settles(
+            self.request(request), call, cost, estimated=estimated, day=self.model.today - 1 if yesterday else 0
+        )
+
+    @rule(request=requests, call=calls, cost=costs)
+    def correct(self, request: int, call: int, cost: int) -> None:
+        """Reconcile, whatever state the call is in."""
+        rid = self.request(request)
+        account = self.account(rid)
+        answer = self.ask(self.money.correct(rid, call, cost * self.unit, key=account.key, user=account.user))
+        assert answer == self.model.correct(rid, call, cost * self.unit, account)
+        done[f"Corrected {answer}"] += 1
+
+    @rule(request=requests, delivery=deliveries, instance=st.sampled_from(["", "", "A", "B"]), call=calls,
+          named=st.booleans())  # fmt: skip
+    def void(self, request: int, delivery: int, instance: str, call: int, named: bool) -> None:
+        rid = self.request(request)
+        account = self.account(rid) if named else Account(0, "", "")
+        who = {"key": account.key, "user": account.user}
+        expected = self.model.void(rid, delivery, instance, call, **who)
+        assert self.ask(self.money.void(rid, delivery, instance, call, **who)) == expected
+        done[f"Void {expected}"] += 1
+
+    @rule(request=requests, delivery=deliveries, verb=st.sampled_from(["reserve", "dispatch", "topup", "extend"]))
+    def stale(self, request: int, delivery: int, verb: str) -> None:
+        """Run after its not-after (Redis or NATS frozen and thawed): nothing is written, not even a sweep."""
+        rid, money = self.request(request), self.money
+        answer: Any
+        match verb:
+            case "reserve":
+                answer = self.ask(money.reserve_whole(rid, delivery, stale=True))
+            case "dispatch":
+                answer = self.ask(money.dispatch(rid, delivery, stale=True))
+            case "topup":
+                answer = self.ask(money.topup(rid, 2, delivery, stale=True))
+            case _:
+                answer = self.ask(money.extend(rid, 1, 10**9, delivery, stale=True))
+        assert told(answer) == ("stale",)
+        assert not self.books.lines
 
     # ---- what the roles do when all is well, so that histories get somewhere -----------------------------------------
 
-    @precondition(lambda self: self.which(lambda entry: entry is None or entry.state == "voided"))
-    @rule(data=st.data(), amount=amounts, ttl=st.sampled_from([HOUR, 5 * MINUTE]))
-    def begin_a_request(self, data: st.DataObject, amount: int, ttl: int) -> None:
-        rid = data.draw(st.sampled_from(self.which(lambda entry: entry is None or entry.state == "voided")))
-        entry = self.model.entries.get(rid)
-        self.reserves(rid, entry.voided + 1 if entry else 1, amount, ttl)
+    @rule(amount=amounts, least=leasts, ttl=st.sampled_from([HOUR, HOUR, 5 * MINUTE]))
+    def begin_a_request(self, amount: int, least: int, ttl: int) -> None:
+        if len(self.rids) < MOST:
+            self.rids.append(new_rid())
+        rid = next((each for each in reversed(self.rids) if each not in self.model.entries), self.rids[-1])
+        self.reserves(rid, 1, amount, ttl, least)
 
-    @precondition(lambda self: self.which(lambda entry: entry is not None and entry.state == "reserved"))
+    @precondition(lambda self: self.which(is_voided))
+    @rule(data=st.data(), amount=amounts, least=leasts)
+    def begin_it_anew(self, data: st.DataObject, amount: int, least: int) -> None:
+        """A later delivery of what was voided."""
+        rid = data.draw(st.sampled_from(self.which(is_voided)))
+        self.reserves(rid, self.model.entries[rid].voided + 1, amount, HOUR, least)
+
+    @precondition(lambda self: self.which(is_reserved))
     @rule(data=st.data(), instance=instances)
     def win_its_call(self, data: st.DataObject, instance: str) -> None:
-        rid = data.draw(st.sampled_from(self.which(lambda entry: entry is not None and entry.state == "reserved")))
+        rid = data.draw(st.sampled_from(self.which(is_reserved)))
         self.dispatches(rid, self.model.entries[rid].delivery, instance, "", 100, 3)
 
     @precondition(lambda self: self.which(has_holder))
@@ -129,128 +141,91 @@ class LedgerMachine(RuleBasedStateMachine):
         last = self.model.entries[rid].last
         assert last is not None
         if settled:
-            self.settle(self.rids.index(rid), last.number, 60, estimated=False)
+            self.settles(rid, last.number, 60, estimated=False)
         self.tops_up(rid, last.number + ahead, last.delivery, last.instance, amount, max_calls)
 
-    # ---- a verb on both sides ----------------------------------------------------------------------------------------
+    @precondition(lambda self: self.which(is_open))
+    @rule(data=st.data(), cost=costs)
+    def finish(self, data: st.DataObject, cost: int) -> None:
+        rid = data.draw(st.sampled_from(self.which(is_open)))
+        last = self.model.entries[rid].last
+        assert last is not None
+        self.settles(rid, last.number, cost, estimated=False)
 
-    def which(self, wanted: Callable[[Entry | None], bool]) -> list[str]:
-        return [rid for rid in getattr(self, "rids", []) if wanted(self.model.entries.get(rid))]
+    @precondition(lambda self: self.which(is_open))
+    @rule(data=st.data(), more=st.sampled_from([-1, 0, 1, 50, 150]))
+    def stream_on(self, data: st.DataObject, more: int) -> None:
+        """The holder's answer grows past what was held (DESIGN 4, mid-stream)."""
+        rid = data.draw(st.sampled_from(self.which(is_open)))
+        last = self.model.entries[rid].last
+        assert last is not None
+        total = min(2**53 - 1, max(0, last.amount + more * self.unit))
+        self.extends(rid, last.number, total, last.delivery, last.instance, exactly=True)
 
-    def reserves(self, rid: str, delivery: int, amount: int, ttl: int) -> None:
-        known = rid in self.model.entries and self.model.entries[rid].state != "voided"
-        expected = self.model.reserve(rid, delivery, amount, ttl)
-        self.admit(self.ask(self.money.reserve(rid, delivery, amount, ttl)), expected, 0 if known else amount)
+    @precondition(lambda self: hasattr(self, "model") and bool(self.forgotten_calls()))
+    @rule(data=st.data(), cost=costs)
+    def correct_what_is_forgotten(self, data: st.DataObject, cost: int) -> None:
+        """The journal knows what was posted; of the call there is no entry any more."""
+        rid, call = data.draw(st.sampled_from(self.forgotten_calls()))
+        posting = self.model.bill[rid, self.model.forgotten[rid] - 1, call]
+        was, account, amount = posting.cost, posting.account, cost * self.unit
+        expected = self.model.correct(rid, call, amount, account, was)
+        assert expected == self.ask(
+            self.money.correct(rid, call, amount, key=account.key, user=account.user, day=account.day, was=was)
+        )
 
-    def dispatches(self, rid: str, delivery: int, instance: str, lost: str, amount: int, max_calls: int) -> None:
-        before = len(self.model.entries[rid].calls) if rid in self.model.entries else 0
-        expected = self.model.dispatch(rid, delivery, instance, lost, amount, max_calls)
-        answer = self.ask(self.money.dispatch(rid, delivery, instance, lost, amount, max_calls))
-        opened = rid in self.model.entries and len(self.model.entries[rid].calls) > before > 0
-        self.admit(answer, expected, amount if opened else 0)
-        self.won(rid, answer, (instance, delivery), max_calls, fresh=opened)
+    def forgotten_calls(self) -> list[tuple[str, int]]:
+        lives = self.model.forgotten
+        return [
+            (rid, call)
+            for rid, life, call in self.model.bill
+            if rid not in self.model.entries and life == lives[rid] - 1
+        ]
 
-    def tops_up(self, rid: str, call: int, delivery: int, instance: str, amount: int, max_calls: int) -> None:
-        before = len(self.model.entries[rid].calls) if rid in self.model.entries else 0
-        expected = self.model.topup(rid, call, delivery, instance, amount, max_calls)
-        answer = self.ask(self.money.topup(rid, call, delivery, instance, amount, max_calls))
-        opened = rid in self.model.entries and len(self.model.entries[rid].calls) > before
-        self.admit(answer, expected, amount if opened else 0)
-        self.won(rid, answer, (instance, delivery), max_calls, fresh=opened)
+    # ---- limits and time ---------------------------------------------------------------------------------------------
 
-    @rule(request=requests, call=calls, cost=st.sampled_from([0, 1, 60, 100, 400]), estimated=st.booleans())
-    def settle(self, request: int, call: int, cost: int, estimated: bool) -> None:
-        rid = self.rids[request]
-        assert self.ask(self.money.settle(rid, call, cost, estimated=estimated)) == self.model.settle(rid, call, cost)
+    @rule(level=st.sampled_from(LEVELS), period=st.sampled_from(PERIODS),
+          limit=st.sampled_from([None, None, 0, 349, 600, 1000]))  # fmt: skip
+    def limit(self, level: str, period: keys.Period, limit: int | None) -> None:
+        self.set_limit(level, period, limit)
 
-    @rule(request=requests, delivery=deliveries, instance=st.sampled_from(["", "", "A", "B"]), call=calls)
-    def void(self, request: int, delivery: int, instance: str, call: int) -> None:
-        rid = self.rids[request]
-        expected = self.model.void(rid, delivery, instance, call)
-        assert self.ask(self.money.void(rid, delivery, instance, call)) == expected
-
-    @rule(request=requests, delivery=deliveries, verb=st.sampled_from(["reserve", "dispatch", "topup"]))
-    def stale(self, request: int, delivery: int, verb: str) -> None:
-        """Run after its not-after (Redis or NATS frozen and thawed): nothing is written, not even a sweep."""
-        rid = self.rids[request]
-        if verb == "reserve":
-            assert told(self.ask(self.money.reserve(rid, delivery, stale=True))) == ("stale",)
-        elif verb == "dispatch":
-            assert told(self.ask(self.money.dispatch(rid, delivery, stale=True))) == ("stale",)
-        else:
-            assert told(self.ask(self.money.topup(rid, 2, delivery, stale=True))) == ("stale",)
-
-    @rule(period=st.sampled_from(keys.PERIODS), limit=st.sampled_from([None, None, 0, 349, 600, 1000]))
-    def limit(self, period: keys.Period, limit: int | None) -> None:
-        self.model.limits.pop(period, None)
-        if limit is not None:
-            self.model.limits[period] = limit
-        self.ask(self.money.limit(period, limit))
-
-    @rule(ms=st.sampled_from([MINUTE, MINUTE, 4 * MINUTE, 11 * MINUTE, HOUR, DAY + HOUR]))
+    @rule(
+        ms=st.sampled_from(
+            [MINUTE, MINUTE, 4 * MINUTE, 4 * MINUTE, 11 * MINUTE, 11 * MINUTE, 2 * HOUR, DAY + HOUR, 5 * DAY]
+        )
+    )
     def age(self, ms: int) -> None:
-        while any(
-            abs(moment - self.model.now - ms) < BLUR
-            for entry in self.model.entries.values()
-            for moment in (entry.due(), entry.deadline, entry.forget_at)
-        ):
-            ms += 2 * BLUR + 1
+        done["midnights"] += self.model.today != (self.model.now + ms) // DAY
         self.model.now += ms
-        self.ask(self.money.age(ms))
+        self.ask(self.clock.set(self.model.now))
 
     @rule()
     def expire(self) -> None:
-        assert self.ask(self.money.expire()) == self.model.sweep()
-
-    @invariant()
-    def balances_are_the_sums_of_the_entries(self) -> None:
-        if not hasattr(self, "money"):
-            return
-        for level in self.ask(self.money.levels()).values():
-            assert (level.settled, level.pending, level.unconfirmed) == (
-                self.model.settled, self.model.pending, self.model.unconfirmed,
-            )  # fmt: skip
-            if self.admitted and level.limit is not None:  # I2
-                assert level.settled + level.pending + level.unconfirmed <= level.limit
-        self.admitted = False
-
-    @invariant()
-    def entries_and_leases_are_the_model_s(self) -> None:
-        if not hasattr(self, "money"):
-            return
-        expected = set()
-        for rid, entry in self.model.entries.items():
-            expected |= {(rid, call.number, call.state, call.cost) for call in entry.calls}
-            if not entry.calls:
-                expected.add((rid, 0, entry.state, 0))
-        assert {(each.rid, each.call, each.state, each.cost) for each in self.ask(self.money.entries())} == expected
-        leases = self.ask(self.money.leases())
-        assert leases.keys() == self.model.entries.keys()  # I3: whatever is held, or remembered, has its time
-        for rid, due in leases.items():
-            assert abs(due - (self.model.entries[rid].due() - self.model.now)) < BLUR
+        """I3: whoever comes by within 5 s of the lease finds nothing held by it any more."""
+        expected = self.model.expire()
+        assert self.ask(self.money.expire()) == expected
+        for rid, (state, _, _, deadline, *_, calls) in (
+            (rid, [*entry[:9], entry[9:]]) for rid, entry in self.books.entries.items()
+        ):
+            if state == "R" or any(call[1] == "D" for call in calls):
+                assert deadline + GRACE > self.model.now, rid
 
 
 def test_the_ledger_equals_the_model(valkey_url: str) -> None:
-    """I2, I3, I7 and the sums, over random histories."""
+    """I1, I2, I3, I7 and the sums, over random histories; LEDGER_SEQUENCES says how many."""
+    sequences = int(os.environ.get("LEDGER_SEQUENCES", "100"))
+    done.clear()
     with asyncio.Runner() as runner:
-        seconds, _ = divmod(runner.run(_server_ms(valkey_url)), 1000)
-        if seconds % 86_400 > 86_400 - 120:
-            pytest.skip("midnight UTC is near: the model knows one day only")
         LedgerMachine.runner = runner
-        LedgerMachine.state = runner.run(State.connect(settings_for(valkey_url, LEDGER_LEASE_GRACE_MS=str(GRACE))))
+        LedgerMachine.state = runner.run(State.connect(settings_for(valkey_url)))
         try:
             run_state_machine_as_test(
                 LedgerMachine,
                 settings=settings(
-                    max_examples=150, stateful_step_count=50, deadline=None,
+                    max_examples=sequences, stateful_step_count=50, deadline=None,
                     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
                 ),
             )  # fmt: skip
         finally:
             runner.run(LedgerMachine.state.close())
-
-
-async def _server_ms(url: str) -> int:
-    state = await State.connect(settings_for(url))
-    await state.close()
-    return state.clock.now()
+    print("\n" + "\n".join(f"{count:7d} {name}" for name, count in sorted(done.items())))

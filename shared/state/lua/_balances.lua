@@ -116,14 +116,14 @@ local function move(entry, settled, pending, held, guarded)
     end
     for j = 1, 3 do
       local s, p, u = balance(values[at + j])
-      local limit = limits and limit_of(limits[j])
-      if limit then
-        local rest = limit - tonumber(s) - p - u
+      if guarded then
+        -- without a limit too: what is held stays a number that Lua can add to, whatever moves from pending to unconfirmed
+        local limit = limits and limit_of(limits[j])
+        local rest = (limit and limit - tonumber(s) or EXACT) - p - u
         if rest < left then left, which, period = rest, level, PERIODS[j] end
       end
       -- nothing held never goes below 0: a hash that was deleted must not turn into headroom
       p, u = math.max(p + pending, 0), math.max(u + held, 0)
-      if p > EXACT or u > EXACT then damaged() end
       write[w + 1], write[w + 2] = names[at + j], string.format('%s %.0f %.0f', add(s, settled), p, u)
       w = w + 2
     end

@@ -85,6 +85,16 @@ local function sweep()
   return #ids
 end
 
+-- Holds `amount` where `held` of it is held already, or, when that does not fit but `least` does, what is left. Returns
+-- what is held in all, or nil and a refusal.
+local function hold(entry, held, amount, least)
+  local left, level, period = move(entry, 0, amount - held, 0, true)
+  if not left then return amount end
+  if least == 0 or held + left < least then return nil, {'denied', left, level, period} end
+  move(entry, 0, left, 0, true)
+  return held + left
+end
+
 -- Opens a further call with its own amount, if the Plan has calls left and it fits (dispatch and topup).
 local function open(entry, number, amount, instance, delivery, max_calls)
   if number > max_calls then return {'exhausted'} end

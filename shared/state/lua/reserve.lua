@@ -31,10 +31,10 @@ if entry and entry[STATE] ~= 'V' then
   local more = not last and amount > held
   if more and least > 0 and least <= held then more = false end -- it was clamped, and stays so
   if more then
-    local left, level, period = move(entry, 0, amount - held, 0, true)
-    if left then return {'denied', left, level, period} end
-    line('extend', rid, entry, 0, 0, amount - held, 0, amount)
-    entry[AMOUNT], held = amount, amount
+    local all, denied = hold(entry, held, amount, least)
+    if denied then return denied end
+    line('extend', rid, entry, 0, 0, all - held, 0, all)
+    entry[AMOUNT], held = all, all
   end
   if more or delivery > entry[DELIVERY] then
     entry[DELIVERY] = math.max(delivery, entry[DELIVERY])
@@ -51,14 +51,11 @@ if tokens then
 end
 if user ~= '' and redis.call('HEXISTS', balances, 'u:' .. user .. ':limit') == 0 then user = '' end
 local fresh = {'R', delivery, entry and entry[VOIDED] or 0, deadline, today, amount, key, user, tokens or -1}
-local left, level, period = move(fresh, 0, amount, 0, true)
-if left then
-  if least == 0 or left < least or left >= amount then return {'denied', left, level, period} end
-  amount, fresh[AMOUNT] = left, left
-  move(fresh, 0, amount, 0, true)
-end
-line('reserve', rid, fresh, 0, 0, amount, 0, amount)
+local held, denied = hold(fresh, 0, amount, least)
+if denied then return denied end
+fresh[AMOUNT] = held
+line('reserve', rid, fresh, 0, 0, held, 0, held)
 save(rid, fresh, true)
 
-local reply = {'ok', amount, today, ratio, user ~= '' and 1 or 0}
+local reply = {'ok', held, today, ratio, user ~= '' and 1 or 0}
 return found and take(key, found, needs, limits, reply) or reply
