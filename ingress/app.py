@@ -165,6 +165,7 @@ class Ingress:
         self._tally.numbers = {
             "auth_failures": ("Requests without a valid key", lambda: float(counts["auth_failure"])),
             "unusual_models": ("Requests for a model whose name is no name", lambda: float(counts["unusual_model"])),
+            "rate_limited": ("Requests refused for a rate limit", lambda: float(counts["rate_limited"])),
             "cancels": ("Cancels sent to providers", lambda: float(replies.cancels)),
             "presumed_deaths": ("Instances found dead or frozen", lambda: float(replies.deaths)),
             "stray_frames": ("Frames of streams that were gone", lambda: float(replies.stray_frames)),

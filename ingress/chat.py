@@ -208,6 +208,8 @@ class Chat:
             visit.stage("end")
             self._cold.report(visit.stages, visit.arrived, visit.label, visit.rid)
         self._trace(visit, exchange, end)
+        if isinstance(end, Fail) and end.error.code == errors.RateLimited.code:
+            self._events.rate_limited(visit.request, visit.label, ask.tenant, ask.key)
         if isinstance(sink, Live):
             return self._streamed(visit, sink, end)
         return self._whole(visit, sink, end)

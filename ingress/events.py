@@ -1,4 +1,4 @@
-"""What a SIEM is told of clients (S1-R3): bad keys and model names that nobody types by mistake."""
+"""What a SIEM is told of clients (S1-R3): bad keys, model names that nobody types by mistake, rate limits."""
 
 import logging
 import re
@@ -26,7 +26,7 @@ class Events:
         self._clock = clock
         self._second = 0
         self._lines: dict[str, int] = {}  # by event, in this second
-        self.counts = {"auth_failure": 0, "unusual_model": 0}
+        self.counts = {"auth_failure": 0, "unusual_model": 0, "rate_limited": 0}
 
     def auth_failure(self, request: web.BaseRequest, label: str, reason: str) -> None:
         """A request without a valid key; never the key."""
@@ -36,6 +36,10 @@ class Events:
         """A model that is not in the catalogue: told when its name is no name (S1-C3b)."""
         if not _USUAL.match(name):
             self._tell("unusual_model", request, label, tenant=tenant, model=errors.quote(name))
+
+    def rate_limited(self, request: web.BaseRequest, label: str, tenant: str, key: str) -> None:
+        """A guardian refused a request for a rate limit, or for the tenant's requests in flight."""
+        self._tell("rate_limited", request, label, tenant=tenant, key=key)
 
     def _tell(self, event: str, request: web.BaseRequest, label: str, **fields: object) -> None:
         self.counts[event] += 1

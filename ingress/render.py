@@ -47,10 +47,15 @@ def head(status: int, fields: Fields, date: str, *, http10: bool = False, keep: 
 
 
 def br_fields(given: Mapping[str, str] | None) -> list[tuple[str, str]]:
-    """The X-BR headers a worker sent, in its order; what is none, or could not stand in a head, is left out."""
+    """The X-BR and rate limit headers a worker sent, in its order; what is none, or could not stand in a head, is left
+    out."""
     if not given:
         return []
-    return [item for item in given.items() if item[0].startswith(headers.BR_PREFIX) and _VALUE.match(item[1])]
+    return [
+        (name, value)
+        for name, value in given.items()
+        if (name.startswith(headers.BR_PREFIX) or name in headers.PASSED) and _VALUE.match(value)
+    ]
 
 
 def error_fields(error: ErrorBody) -> list[tuple[str, str]]:

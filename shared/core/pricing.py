@@ -48,6 +48,20 @@ def dearest_input(price: Price) -> int:
     return max(price.input, price.cached_input, price.cache_write_5m, price.cache_write_1h, price.audio_input)
 
 
+def affordable_cap(price: Price, input_tokens: int, choices: int, cap: int, held: int, floor: int) -> int:
+    """The most output tokens a choice, at most `cap`, whose `upper_bound` is at most `held` nano-USD; 0: none."""
+    if upper_bound(price, input_tokens, choices * cap, floor) <= held:
+        return cap
+    fits, too_many = 0, cap
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        if upper_bound(price, input_tokens, choices * middle, floor) <= held:
+            fits = middle
+        else:
+            too_many = middle
+    return fits
+
+
 def dearest(prices: Iterable[Price]) -> Price:
     """Part by part, the dearest of at least one: what a request that may reach any of them is reserved at (D1)."""
     return Price(*map(max, zip(*(_parts(price) for price in prices), strict=True)))

@@ -121,6 +121,11 @@ def estimate_prompt(chars: int, tool_chars: int = 0) -> int:
     return -(-chars // CHARS_PER_TOKEN) + -(-tool_chars // CHARS_PER_TOKEN)
 
 
+def estimate_output(input_estimate: int, ratio: int, cap: int) -> int:
+    """S2-10: ceil(input estimate x the tenant's output/input ratio, in millionths), and never more than the cap."""
+    return min(-(-input_estimate * ratio // 1_000_000), cap)
+
+
 def size_prompt(
     body: bytes, encoding: Encoding, models: tuple[str, ...] = (), percent: int = MARGIN_PERCENT
 ) -> PromptSize:

@@ -46,7 +46,8 @@ class Bucket(Struct, frozen=True, array_like=True):
 
 
 class Counted(Struct, frozen=True, kw_only=True):
-    """What `reserve` counted: the tighter bucket of each kind, None without a limit; requests of the key."""
+    """What `reserve` counted: the tighter bucket of each kind, None without a limit; requests of the key
+    (0 when refused)."""
 
     requests: Bucket | None = None
     tokens: Bucket | None = None

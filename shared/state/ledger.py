@@ -90,13 +90,17 @@ def _reserved(reply: list[Any]) -> Reserved:
     if status == b"denied":
         return Reserved(status="denied", left=reply[1], level=reply[2].decode(), period=reply[3].decode())
     if status == b"limited":
-        return Reserved(status="limited", wait_ms=reply[1], level=reply[2].decode(), period=reply[3].decode())
+        _, wait_ms, level, period, *counts = reply
+        return Reserved(
+            status="limited", wait_ms=wait_ms, level=level.decode(), period=period.decode(), counted=_counted(counts)
+        )
     return Reserved(status=status.decode())
 
 
 def _counted(counts: list[int]) -> Counted:
     requests, tokens = (Bucket(*counts[i : i + 3]) if counts[i] else None for i in (0, 3))
-    return Counted(requests=requests, tokens=tokens, minute=counts[6], hour=counts[7])
+    minute, hour = counts[6:] or (0, 0)
+    return Counted(requests=requests, tokens=tokens, minute=minute, hour=hour)
 
 
 def _dispatched(reply: list[Any]) -> Dispatched:

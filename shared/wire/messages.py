@@ -106,7 +106,7 @@ class Admission(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     reserved: bool  # False: the ledger was away and the tenant has no hard limit; never fenced, never re-delivered
     amount: int
-    estimate: int  # the advice shown as X-BR-Estimated-Cost (S2-09, S2-10)
+    estimate: int  # the advice shown as X-BR-Estimated-Cost (S2-09, S2-10); -1: none is given (mode off)
     input_tokens: int  # upper bound of the prompt
     output_cap: int  # tokens per choice, written into the upstream request
     price: Price  # pinned: settled at the price it was reserved at

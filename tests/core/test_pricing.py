@@ -102,3 +102,19 @@ def test_cache_writes_by_the_published_rule(model: str, expected: tuple[int, int
     """Rounded up: never below what the provider takes."""
     assert pricing.writes(model, 100) == expected
     assert pricing.writes("claude", 1) == (2, 2)
+
+
+@given(
+    prices, st.integers(0, 10**6), st.integers(1, 16), st.integers(1, 10**6), st.integers(0, 10**13),
+    st.integers(0, 10**7),
+)  # fmt: skip
+def test_a_lowered_cap_is_the_most_that_is_paid_for(
+    price: Price, tokens: int, choices: int, cap: int, held: int, floor: int
+) -> None:
+    """I2, clamping: never above what is held, and not one token below what it would pay for."""
+    found = pricing.affordable_cap(price, tokens, choices, cap, held, floor)
+    assert 0 <= found <= cap
+    if found:
+        assert pricing.upper_bound(price, tokens, choices * found, floor) <= held
+    if found < cap:
+        assert pricing.upper_bound(price, tokens, choices * (found + 1), floor) > held

@@ -5,7 +5,9 @@ import pytest
 
 from shared.core.users import user_id
 from shared.state.base import Principal
-from tests.ingress.world import ENV, KEY, World
+from shared.wire.errors import RateLimited
+from shared.wire.messages import Ask
+from tests.ingress.world import ENV, KEY, Worker, World, event
 
 CHAT = "/v1/chat/completions"
 BODY = {"model": "sim-fast", "messages": [{"role": "user", "content": "hi"}]}
@@ -84,3 +86,46 @@ async def test_the_models_a_key_may_use(world: World, http: aiohttp.ClientSessio
     for name, status in (("sim-fast", 404), ("vendor/model:v1@eu", 200)):
         async with http.get(world.url + "/v1/models/" + name) as answer:
             assert answer.status == status
+
+
+LIMITS = {
+    "x-ratelimit-limit-requests": "60", "x-ratelimit-remaining-requests": "59", "x-ratelimit-reset-requests": "1s",
+    "x-ratelimit-limit-tokens": "6000", "x-ratelimit-remaining-tokens": "5900", "x-ratelimit-reset-tokens": "1.5s",
+    "X-BR-Max-Tokens-Clamped": "7",
+}  # fmt: skip
+
+
+def limited_answer(ask: Ask, provider: Worker) -> None:
+    """An answer with everything a guardian may say, and what no worker may."""
+    head = {"X-BR-Guardian-Status": "on", **LIMITS, "Set-Cookie": "a=b", "x-ratelimit-limit-cookies": "9"}
+    data = event("a") if ask.stream else b"{}"
+    provider.send(ask, provider.accepted(ask), provider.delta(ask, data, head), provider.end(ask))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_rate_limits_reach_the_client(world: World, http: aiohttp.ClientSession, stream: bool):
+    """S2-23, issue 4: whole and streamed; nothing but what is on the list."""
+    world.script = limited_answer
+    async with http.post(world.url + CHAT, json={**BODY, "stream": stream}) as answer:
+        await answer.read()
+    assert LIMITS.items() <= dict(answer.headers).items()
+    assert not {"Set-Cookie", "x-ratelimit-limit-cookies"} & set(answer.headers)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_429_says_when_to_come_back(
+    world: World, http: aiohttp.ClientSession, stream: bool, caplog: pytest.LogCaptureFixture
+):
+    """D15: Retry-After in whole seconds, at least 1, and the exact wait; S1-R3: told to the SIEM."""
+
+    def refuse(ask: Ask, provider: Worker) -> None:
+        provider.send(ask, provider.failed(ask, RateLimited("Rate limit reached", retry_after_ms=10), LIMITS))
+
+    world.script = refuse
+    async with http.post(world.url + CHAT, json={**BODY, "stream": stream}) as answer:
+        error = (await answer.json())["error"]
+    assert (answer.status, error["code"], error["type"]) == (429, "rate_limit_exceeded", "rate_limit_error")
+    assert (answer.headers["Retry-After"], answer.headers["retry-after-ms"]) == ("1", "10")
+    assert LIMITS.items() <= dict(answer.headers).items()
+    (record,) = [each for each in caplog.records if getattr(each, "event", "") == "rate_limited"]
+    assert (record.__dict__["security"], record.__dict__["tenant"]) == (True, "default")

@@ -8,31 +8,25 @@ one Failed frame, and what was reserved is given back.
 import asyncio
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
-from msgspec import Struct
 
 from shared.bus import replies
 from shared.bus.base import BusUnavailable, PayloadTooLarge, Subscription
 from shared.bus.sender import NoLiveInstance
 from shared.core import tokens
 from shared.core.head import guardian_head
-from shared.core.money import show_usd
 from shared.core.overload import Queue, Shares
 from shared.service.killat import reach, reach_soon
 from shared.state.base import Principal, Reserved, StateUnavailable
 from shared.state.behind import Behind
-from shared.wire import subjects
+from shared.wire import headers, subjects
 from shared.wire.errors import (
     BusDown,
-    ClientError,
     DeadlineExceeded,
-    Forbidden,
     HotpathError,
-    InsufficientBudget,
     LedgerDown,
-    ModelNotFound,
     NewerVersion,
     NoWorker,
     Overloaded,
@@ -40,11 +34,12 @@ from shared.wire.errors import (
     TenantBusy,
     TooLarge,
     Unauthorized,
-    quote,
 )
 from shared.wire.messages import UNREADABLE, VERSION, Admission, Ask, Cancel, Credit, Hop, Route, decode_admit, encode
-from workers.guardian import envelope
-from workers.guardian.assess import assess, assess_blind
+from workers.guardian import decide, envelope, refusals
+from workers.guardian.assess import likely_tokens
+from workers.guardian.decide import House, Pending
+from workers.guardian.seen import Seen
 
 if TYPE_CHECKING:
     from shared.service import Context
@@ -53,15 +48,8 @@ RESERVE_MS: Final = 100  # a reserve that runs later than this is refused by the
 SWEEP_S: Final = 1.0  # expired leases of idle tenants (I3: lease + 5 s)
 
 
-class _Pending(Struct, kw_only=True):
-    """One request between its message and its forward."""
-
-    ask: Ask
-    admission: Admission
-    limited: bool
-    at: int  # shared-clock ms it came at
-    began: float = 0.0  # perf_counter at the same moment
-    hops: tuple[Hop, ...] = ()  # of those before
+#: Requests a minute: from a person to a batch job.
+VELOCITY: Final = (1.0, 10.0, 60.0, 300.0, 1000.0, 3000.0, 10_000.0, 30_000.0)
 
 
 class Guardian:
@@ -86,8 +74,8 @@ class Guardian:
     async def start(self, ctx: "Context") -> None:
         """Load the token tables, subscribe, begin to sweep."""
         self._ctx = ctx
-        self._times = envelope.Times.of(ctx.settings)
-        self._floor = ctx.settings.budget_min_reservation
+        self._house = House.of(ctx.settings, ctx.catalog)
+        self._seen = Seen()
         self._behind = Behind(ctx.state.ledger, ctx.log, tombstone_ms=ctx.settings.ledger_tombstone_ms)
         self._loop = asyncio.get_running_loop()
         self.capacity = ctx.settings.max_in_flight
@@ -100,6 +88,9 @@ class Guardian:
             ctx.bus, self.name, ctx.instance, ctx.log, lambda code: outcomes.labels(code).inc()
         )
         self._forwarded = outcomes.labels("forwarded")
+        self._velocity = ctx.metrics.histogram(
+            "guardian_key_velocity", "Requests of a key in its minute, at each of its requests (S2-13).", (), VELOCITY
+        )
         for encoding in {model.encoding for model in ctx.catalog.models.values()}:
             tokens.warm(encoding)
         own = subjects.worker(self.name, ctx.instance)
@@ -175,9 +166,13 @@ class Guardian:
                 self._refusals.fail(ask, Overloaded(), hops)
                 return
             principal = self._ctx.state.registry.lookup(ask.tenant, ask.key) or await self._find(ask)
-            pending = self._decide(ask, principal, at, direct=direct)
-            pending.hops, pending.began = hops, began
-            await self._reserve(pending)
+            ask = decide.accept(self._house, ask, principal, at, direct=direct)
+            pending = self._weigh(ask, principal, at, began, hops)
+            unwanted = decide.seatbelt(ask, principal, pending.admission)
+            if unwanted is None:
+                await self._reserve(pending)
+            else:
+                self._refuse(pending, unwanted)
         except HotpathError as exc:
             self._refusals.fail(ask, exc, hops)
         except Exception:  # the process's door: one request must not take the others with it
@@ -199,35 +194,27 @@ class Guardian:
             raise Unauthorized if registry.fresh else RegistryDown
         return principal
 
-    def _decide(self, ask: Ask, principal: Principal, at: int, *, direct: bool) -> _Pending:
-        """Everything before the ledger. Raises HotpathError."""
-        ctx = self._ctx
-        if envelope.RID.match(ask.rid) is None:
-            raise ClientError("rid must be 32 lower-case hex digits", param="rid")
-        if direct:
-            if not principal.synthetic:
-                raise Forbidden("Only tenants created with --synthetic may be used on the admit subject.")
-            ask = envelope.complete(ask, ctx.settings.max_body_bytes, ctx.settings.key_pepper.encode())
-        model = ctx.catalog.models.get(ask.model)
-        if model is None:
-            raise ModelNotFound(
-                f"The model {quote(ask.model)} does not exist here. GET /v1/models lists those that do."
-            )
-        deadline = envelope.deadline(ask, at, self._times)
-        if deadline <= at:
-            raise DeadlineExceeded
-        if deadline != ask.deadline:
-            ask = msgspec.structs.replace(ask, deadline=deadline)
-        try:
-            admission = assess(ask, model, self._floor, ctx.catalog.epoch)
-        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as exc:
-            ctx.log.warning("tokens could not be counted", extra={"rid": ask.rid, "error": repr(exc)[:200]})
-            admission = assess_blind(ask, model, self._floor, ctx.catalog.epoch)
-        return _Pending(ask=ask, admission=admission, limited=principal.limited, at=at)
+    def _weigh(self, ask: Ask, principal: Principal, at: int, began: float, hops: tuple[Hop, ...]) -> Pending:
+        """What it may cost."""
+        ratio = self._seen.ratio(ask.tenant)
+        admission, fault = decide.weigh(self._house, ask, principal, ratio)
+        if fault:
+            self._ctx.log.warning("tokens could not be counted", extra={"rid": ask.rid, "error": fault})
+        return Pending(
+            ask=ask,
+            admission=admission,
+            principal=principal,
+            ratio=ratio,
+            least=decide.least(self._house, ask, principal, admission),
+            tokens=likely_tokens(admission, ask.n, ratio),
+            at=at,
+            began=began,
+            hops=hops,
+        )
 
     # ---- reserving ---------------------------------------------------------------------------------------------------
 
-    async def _reserve(self, pending: _Pending) -> None:
+    async def _reserve(self, pending: Pending) -> None:
         ask = pending.ask
         reach("guardian.before_reserve")
         try:
@@ -240,6 +227,8 @@ class Guardian:
                 not_after=self._ctx.state.clock.now() + RESERVE_MS,
                 key=ask.key,
                 user=ask.user,
+                least=pending.least,
+                rates=decide.rates(pending),
             )
         except StateUnavailable:
             self._behind.void(ask)  # it may have been applied all the same
@@ -247,16 +236,21 @@ class Guardian:
             return
         reach("guardian.after_reserve")
         if answer.status == "ok":
-            # its own amount, not what is held: nothing may be held any more, and a further call opens with this (I2)
-            self._forward(pending, amount=pending.admission.amount, reserved=True, status=pending.admission.status)
+            self._seen.note(ask.tenant, ask.user, answer)
+            if answer.counted is not None:
+                self._velocity.observe(answer.counted.minute)
+            self._forward(pending, decide.granted(self._house, pending, answer))
         else:
             self._on_unreserved(pending, answer)
 
-    def _on_unreserved(self, pending: _Pending, answer: Reserved) -> None:
+    def _on_unreserved(self, pending: Pending, answer: Reserved) -> None:
         if answer.status == "denied":
-            needed, left = show_usd(pending.admission.amount), show_usd(max(answer.left, 0))
-            text = f"The budget does not cover this request: it needs up to {needed}, {left} is left."
-            self._refuse(pending, InsufficientBudget(text))
+            self._refuse(pending, refusals.over_budget(answer, pending.admission.amount, pending.least))
+        elif answer.status == "limited":
+            extra = decide.rate_limits(answer.counted)
+            if answer.wait_ms < 0:
+                extra[headers.SHOULD_RETRY] = "false"
+            self._refuse(pending, refusals.over_rate(answer, pending.tokens), extra)
         elif answer.status == "late":
             self._refuse(pending, DeadlineExceeded())
         elif answer.status == "lost":  # its limits are not known any more, so it is refused whatever it had
@@ -269,37 +263,25 @@ class Guardian:
         else:  # closed: the request is over, nobody listens
             self._count("closed").inc()
 
-    def _without_ledger(self, pending: _Pending) -> None:
+    def _without_ledger(self, pending: Pending) -> None:
         """D4: fail closed with a limit, open without one."""
-        if pending.limited:
+        ask = pending.ask
+        if pending.principal.limited or self._seen.limited(ask.tenant, ask.user):
             self._refuse(pending, LedgerDown())
         else:
-            self._forward(pending, amount=pending.admission.amount, reserved=False, status="degraded")
+            self._forward(pending, msgspec.structs.replace(pending.admission, status="degraded"))
 
     # ---- forwarding --------------------------------------------------------------------------------------------------
 
-    def _finish(self, pending: _Pending, *, amount: int, reserved: bool, status: str) -> tuple[Admission, Hop]:
-        """The admission with what was decided, and this process's hop."""
+    def _finish(self, pending: Pending, admission: Admission, **more: Any) -> tuple[Admission, Hop]:
+        """The admission with the time this took, and this process's hop."""
         took = int((time.perf_counter() - pending.began) * 1_000_000)
-        was = pending.admission
-        admission = Admission(
-            reserved=reserved,
-            amount=amount,
-            estimate=was.estimate,
-            input_tokens=was.input_tokens,
-            output_cap=was.output_cap,
-            price=was.price,
-            status=status,
-            overhead_us=took,
-            epoch=was.epoch,
-            prices=was.prices,
-            input_estimate=was.input_estimate,
-        )
+        admission = msgspec.structs.replace(admission, overhead_us=took, **more)
         return admission, Hop(self.name, self._ctx.instance, self._ctx.pid, pending.at, took)
 
-    def _forward(self, pending: _Pending, *, amount: int, reserved: bool, status: str) -> None:
+    def _forward(self, pending: Pending, admission: Admission) -> None:
         ask = pending.ask
-        admission, hop = self._finish(pending, amount=amount, reserved=reserved, status=status)
+        admission, hop = self._finish(pending, admission)
         hops = (*pending.hops, hop)
         give_up = partial(self._give_up, ask, admission, hops)
         try:
@@ -322,9 +304,9 @@ class Guardian:
             self._behind.void(ask)
         self._refusals.fail(ask, error, hops, guardian_head(admission))
 
-    def _refuse(self, pending: _Pending, error: HotpathError) -> None:
+    def _refuse(self, pending: Pending, error: HotpathError, extra: dict[str, str] | None = None) -> None:
         status = "degraded" if isinstance(error, LedgerDown) else pending.admission.status
-        admission, hop = self._finish(pending, amount=0, reserved=False, status=status)
+        admission, hop = self._finish(pending, pending.admission, amount=0, status=status, extra=extra or {})
         self._refusals.fail(pending.ask, error, (*pending.hops, hop), guardian_head(admission))
 
     # ---- beside ------------------------------------------------------------------------------------------------------

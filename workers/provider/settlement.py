@@ -115,7 +115,7 @@ class _Tokens(Struct):
 class _Payload(Struct, omit_defaults=True):
     request_id: str
     guardian: str
-    estimated_cost: str
+    estimated_cost: str | None  # none in mode `off`
     actual_cost: str
     actual_cost_nano_usd: int
     efficiency: float
@@ -136,7 +136,7 @@ def payload(
         _Payload(
             ask.rid,
             admission.status,
-            money.show_usd(admission.estimate),
+            None if admission.estimate < 0 else money.show_usd(admission.estimate),
             money.show_usd(paid.cost),
             paid.cost,
             efficiency,

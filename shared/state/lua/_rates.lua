@@ -28,7 +28,7 @@ local function wait(level, need, limit)
   return math.max(1, math.ceil((need - level) * 60000 / limit))
 end
 
--- The buckets of a tenant and a key as of now; nil and a refusal when one has not enough: the one it waits longest for.
+-- The buckets of a tenant and a key as of now, and a refusal when one has not enough: the one it waits longest for.
 local function look(key, needs, limits)
   local stored = redis.call('HMGET', rates, 't', 'k:' .. key)
   local found = {scope(stored[1], limits[1], limits[2]), scope(stored[2], limits[3], limits[4])}
@@ -36,25 +36,16 @@ local function look(key, needs, limits)
   for i, level in ipairs({'t', 'k:' .. key}) do
     for kind, name in ipairs({'requests', 'tokens'}) do
       local ms = wait(found[i][kind], needs[kind], limits[2 * i - 2 + kind])
-      if ms < 0 then return nil, {'limited', -1, level, name} end
+      if ms < 0 then return found, {'limited', -1, level, name} end
       if ms > longest then longest, refusal = ms, {'limited', ms, level, name} end
     end
   end
-  if refusal then return nil, refusal end
-  return found
+  return found, refusal
 end
 
--- Takes what a request needs, counts it, and appends {limit, left, full in ms} of the tighter bucket of each kind and
--- the requests of the key in this minute and hour to a reply.
-local function take(key, found, needs, limits, reply)
-  local own = found[2]
-  for _, s in ipairs(found) do s[REQUESTS], s[TOKENS] = s[REQUESTS] - 1, s[TOKENS] - needs[2] end
-  local minute, hour = math.floor(now / 60000), math.floor(now / 3600000)
-  if own[MINUTE] ~= minute then own[MINUTE], own[IN_MINUTE] = minute, 0 end
-  if own[HOUR] ~= hour then own[HOUR], own[IN_HOUR] = hour, 0 end
-  own[IN_MINUTE], own[IN_HOUR] = own[IN_MINUTE] + 1, own[IN_HOUR] + 1
-  redis.call('HSET', rates, 't', cmsgpack.pack(found[1]), 'k:' .. key, cmsgpack.pack(own))
-  local size = #reply
+-- Appends {limit, left, full in ms} of the tighter bucket of requests, then of tokens (limit 0: none), to a reply.
+local function show(found, limits, reply)
+  local own, size = found[2], #reply
   for kind = 1, 2 do
     local scarce, most = own, limits[2 + kind]
     if limits[kind] > 0 and (most == 0 or found[1][kind] < own[kind]) then scarce, most = found[1], limits[kind] end
@@ -65,7 +56,21 @@ local function take(key, found, needs, limits, reply)
       reply[at + 3] = math.max(0, math.ceil((most - scarce[kind]) * 60000 / most))
     end
   end
-  reply[size + 7], reply[size + 8] = own[IN_MINUTE], own[IN_HOUR]
+  return reply
+end
+
+-- Takes what a request needs, counts it, and appends what `show` does and the requests of the key in this minute and
+-- hour to a reply.
+local function take(key, found, needs, limits, reply)
+  local own = found[2]
+  for _, s in ipairs(found) do s[REQUESTS], s[TOKENS] = s[REQUESTS] - 1, s[TOKENS] - needs[2] end
+  local minute, hour = math.floor(now / 60000), math.floor(now / 3600000)
+  if own[MINUTE] ~= minute then own[MINUTE], own[IN_MINUTE] = minute, 0 end
+  if own[HOUR] ~= hour then own[HOUR], own[IN_HOUR] = hour, 0 end
+  own[IN_MINUTE], own[IN_HOUR] = own[IN_MINUTE] + 1, own[IN_HOUR] + 1
+  redis.call('HSET', rates, 't', cmsgpack.pack(found[1]), 'k:' .. key, cmsgpack.pack(own))
+  show(found, limits, reply)
+  reply[#reply + 1], reply[#reply + 2] = own[IN_MINUTE], own[IN_HOUR]
   return reply
 end
 

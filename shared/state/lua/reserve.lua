@@ -7,7 +7,7 @@
 -- delivery that needs more than is held (another body under the same rid, a price that rose) has the rest held too.
 -- `least` > 0: when `amount` does not fit but this does, what is left is held. `tokens` '' : nothing but the money.
 -- Returns {'ok', held, day, ratio, user (1: its level moves), counts...} | {'denied', left, level, period} |
---         {'limited', wait ms (-1: for ever), level, requests|tokens} | {'late'} | {'stale'} | {'refused'} | {'closed'}:
+--         {'limited', wait ms (-1: for ever), level, requests|tokens, counts but the last two} | {'late'} | {'stale'} | {'refused'} | {'closed'}:
 --   ok       held now, or already: for an earlier delivery, or by an open call
 --   refused  this or a later delivery was voided
 --   closed   no call is open, and this delivery is not new or there was never a holder whose place it could take
@@ -47,7 +47,7 @@ if entry and delivery <= entry[VOIDED] then return {'refused'} end
 local found, refusal
 if tokens then
   found, refusal = look(key, needs, limits)
-  if refusal then return refusal end
+  if refusal then return show(found, limits, refusal) end
 end
 if user ~= '' and redis.call('HEXISTS', balances, 'u:' .. user .. ':limit') == 0 then user = '' end
 local fresh = {'R', delivery, entry and entry[VOIDED] or 0, deadline, today, amount, key, user, tokens or -1}
