@@ -162,6 +162,10 @@ class RedisRegistry:
             return None  # as one that was revoked
         return principal
 
+    def expired(self, tenant: str, key: str) -> bool:
+        """Whether `lookup` has none because the key's time is over."""
+        return (tenant, key) in self._pairs and self.lookup(tenant, key) is None
+
     async def find(self, tenant: str, key: str) -> Principal | None:
         """As `lookup`, asking Redis once for a pair this copy does not have. Raises StateUnavailable (503)."""
         if (tenant, key) not in self._pairs and keys.OPAQUE.fullmatch(key):

@@ -12,7 +12,8 @@ import pytest
 from shared.core import pricing
 from shared.core.money import show_usd
 from shared.core.users import user_id
-from shared.state.base import RATIO_ONE, Principal
+from shared.state.base import RATIO_ONE
+from shared.state.policies import KeyChange, TenantChange
 from shared.wire import headers
 from shared.wire.messages import Ask, Failed, ReplyTo, Route, decode_route
 from tests.workers.guardian_rig import SECRETS, Rig, admit, ask, running, without_redis
@@ -34,9 +35,17 @@ class Owner:
     def __init__(self, rig: Rig, tenant: str, key: str) -> None:
         self.rig, self.tenant, self.key = rig, tenant, key
 
-    def rule(self, **rules: Any) -> None:
-        pairs: dict[tuple[str, str], Principal] = self.rig.ctx.state.registry._pairs
-        pairs[self.tenant, self.key] = msgspec.structs.replace(pairs[self.tenant, self.key], **rules)
+    async def rule(self, **rules: Any) -> None:
+        """Rules of the tenant; of the key those that only a key has, and `key_rpm` and `key_tpm`."""
+        of_key = {
+            name.removeprefix("key_"): rules.pop(name)
+            for name in ("key_rpm", "key_tpm", "expires", "models")
+            if name in rules
+        }
+        admin = self.rig.ctx.state.admin
+        await admin.set_policy(self.tenant, TenantChange(**rules))
+        await admin.set_key(self.key, KeyChange(**of_key))
+        await self.rig.ctx.state._poll()
 
     def ask(self, **fields: Any) -> Ask:
         return ask(self.tenant, self.key, **fields)
@@ -57,8 +66,7 @@ async def owner(rig: Rig, limit: int | None = None, **rules: Any) -> Owner:
     """A new tenant with a monthly limit."""
     made = await rig.ctx.state.create_key(f"t{secrets.token_hex(4)}", limit, "month", synthetic=True)
     found = Owner(rig, made.tenant_id, made.key_id)
-    await rig.ctx.state._poll()
-    found.rule(**rules)
+    await found.rule(**rules)
     return found
 
 
@@ -206,7 +214,7 @@ async def test_a_user_with_a_limit(rig):
 
 async def test_requests_a_minute(rig):
     """S1-G07, D15, S1-M5a: 429 in OpenAI's shape with the exact wait, and nothing held."""
-    fast = await owner(rig, key_rpm=2, tenant_rpm=60)
+    fast = await owner(rig, key_rpm=2, rpm=60)
     first, second = await fast.forwarded(), await fast.forwarded()
     assert first.admission.extra.keys() == LIMITS
     assert first.admission.extra["x-ratelimit-limit-requests"] == "2"  # the tighter of the two
@@ -226,7 +234,7 @@ async def test_requests_a_minute(rig):
 @pytest.mark.parametrize("mode", ["off", "observe"])
 async def test_tokens_a_minute_are_taken_by_estimate_and_put_right_by_usage(rig, mode):
     """S1-G07: in every mode; input and likely output, then what was really used."""
-    fast = await owner(rig, tenant_tpm=100, mode=mode)
+    fast = await owner(rig, tpm=100, mode=mode)
     request = fast.ask()
     admission = (await fast.forwarded(request)).admission
     taken = 2 * admission.input_estimate
@@ -265,10 +273,10 @@ async def test_velocity_is_counted_without_limits(rig):
 
 async def test_direct_publishers_obey_the_keys_rules(rig):
     """Issue 4: the guardian checks what the ingress does."""
-    some = await owner(rig, models=frozenset({"free"}))
+    some = await owner(rig, models=["free"])
     error = (await some.failed()).error
     assert (error.status, error.code) == (404, "model_not_found")
     await some.forwarded(model="free")
-    some.rule(expires=rig.ctx.state.clock.now() - 1)
+    await some.rule(expires=rig.ctx.state.clock.now() - 1)
     error = (await some.failed(model="free")).error
     assert (error.status, error.code) == (401, "expired_api_key")

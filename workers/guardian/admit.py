@@ -26,6 +26,7 @@ from shared.wire.errors import (
     BusDown,
     DeadlineExceeded,
     HotpathError,
+    KeyExpired,
     LedgerDown,
     NewerVersion,
     NoWorker,
@@ -184,12 +185,14 @@ class Guardian:
             self._shares.give(ask.tenant)
 
     async def _find(self, ask: Ask) -> Principal:
-        """A key made a moment ago, which the ingress knows already. Raises Unauthorized, RegistryDown."""
+        """A key made a moment ago, which the ingress knows already. Raises Unauthorized, KeyExpired, RegistryDown."""
         registry = self._ctx.state.registry
         try:
             principal = await registry.find(ask.tenant, ask.key)
         except StateUnavailable as exc:
             raise RegistryDown from exc
+        if registry.expired(ask.tenant, ask.key):
+            raise KeyExpired
         if principal is None:
             raise Unauthorized if registry.fresh else RegistryDown
         return principal

@@ -26,7 +26,6 @@ from shared.wire.errors import (
     DeadlineExceeded,
     EstimateExceeded,
     Forbidden,
-    KeyExpired,
     ModelNotFound,
     quote,
 )
@@ -83,8 +82,6 @@ def accept(house: House, ask: Ask, principal: Principal, at: int, *, direct: boo
         if not principal.synthetic:
             raise Forbidden("Only tenants created with --synthetic may be used on the admit subject.")
         ask = envelope.complete(ask, house.max_body, house.pepper)
-    if 0 < principal.expires <= at:
-        raise KeyExpired
     if ask.model not in house.models or (principal.models and ask.model not in principal.models):
         raise ModelNotFound(
             f"The model {quote(ask.model)} does not exist here, or this key may not use it."
