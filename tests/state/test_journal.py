@@ -148,3 +148,20 @@ async def test_balances_that_were_touched_differ(money: Money, command: tuple[st
     await money.raw(command[0], keys.balances(money.tenant), *command[1:])
     (difference,) = found.differences(await fields(money))
     assert difference.startswith(f"{rule}: ")
+
+
+async def test_snapshots_in_between_do_not_shorten_the_journal(connect: Any, valkey_url: str) -> None:
+    """A tenant that asks seldom keeps its lines for reconcile all the same: each snapshot takes the place of the one
+    before, until there are enough lines for a mark; then one to two times as many stay."""
+    money = Money(await connect(valkey_url, LEDGER_JOURNAL_LINES="100"), f"j{new_rid()}")
+    ledger = money.state.ledger
+    ledger._expiring = (*ledger._expiring[:-1], 0)  # as if each time the time had come
+    for n in range(1, 301):
+        await money.reserve(new_rid())
+        await money.expire()
+        lines = await money.journal()
+        kept = [line.op for line in lines].count("reserve")
+        assert kept == n if n < 150 else 98 <= kept <= 200
+        assert (len(lines) - kept <= 3, lines[-1].op) == (True, "snap")
+    found, wrong = await replay(money)
+    assert (wrong, found.whole, found.differences(await fields(money))) == ([], False, [])

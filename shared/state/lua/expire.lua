@@ -2,10 +2,12 @@
 -- expire(args=['', grace, tombstone, unconfirmed, keep_days, keep_months, keep_user_days, lines, snapshot_ms],
 --        keys=[balances, entries, leases, journal, rates])
 --
--- Sweeps up to 16 due entries; once a day drops the balances of days and months nobody asks for any more; and when the
--- journal grew by `lines` since its last snapshot, or at all within `snapshot_ms`, writes the next one: all fields of the
--- balances. What lies before the snapshot before that is dropped, never more: a replay begins with a snapshot.
--- Keys and their types: _balances.lua; field snap: "<id of the newest snapshot> <length of the journal then>".
+-- Sweeps up to 16 due entries; once a day drops the balances of days and months nobody asks for any more; and writes
+-- snapshots to the journal, all fields of the balances: a mark when it grew by `lines` since the last one, which drops
+-- what lies before that last one, never more (a replay begins with a snapshot; between one and two times `lines` are
+-- kept); and in between when it grew at all within `snapshot_ms`, in the place of the one before that is no mark.
+-- Keys and their types: _balances.lua; field snap: "<id of the newest snapshot> <length of the journal then> <the same
+-- two of the newest mark>".
 -- Returns {how many entries were due, id of the snapshot written or ''}
 local keep_days, keep_months, keep_user_days = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
 local lines, snapshot_ms = tonumber(ARGV[8]), tonumber(ARGV[9])
@@ -33,11 +35,15 @@ end
 
 local length = redis.call('XLEN', journal)
 if length == 0 then return {swept, ''} end
-local id, before = string.match(redis.call('HGET', balances, 'snap') or '0-0 0', '^(%d+%-%d+) (%d+)$')
-local grown = length - tonumber(before)
-local late = grown > 0 and now - tonumber(string.match(id, '^%d+')) >= snapshot_ms
-if grown < lines and not late then return {swept, ''} end
-if id ~= '0-0' then redis.call('XTRIM', journal, 'MINID', id) end
+local id, size, mark, marked = string.match(redis.call('HGET', balances, 'snap') or '', '^(%d+%-%d+) (%d+) (%d+%-%d+) (%d+)$')
+if not id then id, size, mark, marked = '0-0', 0, '0-0', 0 end
+local full = length - tonumber(marked) >= lines
+local late = length > tonumber(size) and now - tonumber(string.match(id, '^%d+')) >= snapshot_ms
+if not full and not late then return {swept, ''} end
+if full and mark ~= '0-0' then redis.call('XTRIM', journal, 'MINID', mark) end
+if id ~= mark then redis.call('XDEL', journal, id) end
 local snap = line('snap', '', nobody, 0, 0, 0, 0, redis.call('HGETALL', balances))
-redis.call('HSET', balances, 'snap', snap .. ' ' .. string.format('%.0f', redis.call('XLEN', journal)))
+length = string.format('%.0f', redis.call('XLEN', journal))
+if full then mark, marked = snap, length end
+redis.call('HSET', balances, 'snap', table.concat({snap, length, mark, marked}, ' '))
 return {swept, snap}

@@ -17,5 +17,6 @@ for i = 6, #ARGV, 1000 do
 end
 redis.call('HSET', balances, 'about', string.rep('balances in nano-USD; ', 3))
 local snap = line('snap', '', {'', 0, 0, 0, today, 0, '', '', -1}, 0, 0, 0, 0, redis.call('HGETALL', balances))
-redis.call('HSET', balances, 'snap', snap .. ' ' .. string.format('%.0f', redis.call('XLEN', journal)))
+local at = snap .. ' ' .. string.format('%.0f', redis.call('XLEN', journal))
+redis.call('HSET', balances, 'snap', at .. ' ' .. at) -- see expire.lua
 return {'restored', snap}
