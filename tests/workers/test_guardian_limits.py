@@ -9,7 +9,7 @@ import msgspec
 import orjson
 import pytest
 
-from shared.core import pricing
+from shared.core import pricing, tokens
 from shared.core.money import show_usd
 from shared.core.users import user_id
 from shared.state.base import RATIO_ONE
@@ -280,3 +280,48 @@ async def test_direct_publishers_obey_the_keys_rules(rig):
     await some.rule(expires=rig.ctx.state.clock.now() - 1)
     error = (await some.failed(model="free")).error
     assert (error.status, error.code) == (401, "expired_api_key")
+
+
+# ---- personal data and keywords --------------------------------------------------------------------------------------
+
+
+def about(text: str, **more: Any) -> bytes:
+    """A body with this prompt."""
+    return orjson.dumps({"model": "m", "messages": [{"role": "user", "content": text}], **more})
+
+
+async def test_personal_data_is_redacted_before_it_is_counted(rig, caplog):
+    """S2-28, S2-30, I9: what goes on, and is paid for, is the redacted body; the log has the kind, never the text."""
+    private = await owner(rig, pii="redact", keywords=["falcon"])
+    route = await private.forwarded(body=about("write to ann@example.com about falcon"))
+    assert b"ann@example.com" not in route.ask.body
+    assert b"[REDACTED:email]" in route.ask.body
+    assert b"falcon" not in route.ask.body
+    assert route.admission.input_tokens == tokens.bound_prompt(route.ask.body, "o200k")
+    (record,) = [each for each in caplog.records if getattr(each, "event", "") == "personal_data"]
+    assert "email" in record.__dict__["kinds"]
+    assert "ann@" not in repr(record.__dict__)
+    clean = about("write to her")
+    assert (await private.forwarded(body=clean)).ask.body == clean
+
+
+async def test_personal_data_is_flagged_or_blocked(rig, caplog):
+    """S2-28: by the tenant's policy; blocked means that nothing is held."""
+    strict, watched = await owner(rig, 10**12, pii="block"), await owner(rig, pii="flag")
+    body = about("ssn 536-22-8726, mail bob@example.org " + "x " * 30_000)  # large: scanned in a thread
+    error = (await strict.failed(body=body)).error
+    assert (error.status, error.code) == (400, "content_policy_violation")
+    assert await strict.pending() == 0
+    route = await watched.forwarded(body=body)
+    assert (route.ask.body, route.admission.status) == (body, "on")
+    assert b'hotpath_guardian_found_total{kind="email",policy="flag"} 1.0' in rig.ctx.metrics.render()
+    assert "bob@" not in caplog.text
+
+
+async def test_a_scan_that_fails(rig, monkeypatch):
+    """D4: `flag` is advice and goes on, degraded; `redact` and `block` are promises and fail closed."""
+    monkeypatch.setattr("shared.core.pii.compile_policy", lambda *_: 1 / 0)
+    watched, private = await owner(rig, pii="flag", mode="active"), await owner(rig, pii="redact")
+    assert (await watched.forwarded(max_estimate=0)).admission.status == "degraded"
+    error = (await private.failed()).error
+    assert (error.status, error.code) == (503, "scan_unavailable")

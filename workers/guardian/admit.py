@@ -40,6 +40,7 @@ from shared.wire.messages import UNREADABLE, VERSION, Admission, Ask, Cancel, Cr
 from workers.guardian import decide, envelope, refusals
 from workers.guardian.assess import likely_tokens
 from workers.guardian.decide import House, Pending
+from workers.guardian.screening import Screening
 from workers.guardian.seen import Seen
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ class Guardian:
         self._refusals = replies.Refusals(
             ctx.bus, self.name, ctx.instance, ctx.log, lambda code: outcomes.labels(code).inc()
         )
+        self._screen = Screening(ctx.metrics, ctx.log, time.monotonic)
         self._forwarded = outcomes.labels("forwarded")
         self._velocity = ctx.metrics.histogram(
             "guardian_key_velocity", "Requests of a key in its minute, at each of its requests (S2-13).", (), VELOCITY
@@ -168,7 +170,10 @@ class Guardian:
                 return
             principal = self._ctx.state.registry.lookup(ask.tenant, ask.key) or await self._find(ask)
             ask = decide.accept(self._house, ask, principal, at, direct=direct)
-            pending = self._weigh(ask, principal, at, began, hops)
+            status = "on"
+            if principal.pii != "off":
+                ask, status = await self._screen(ask, principal)
+            pending = self._weigh(ask, principal, at, began, hops, status)
             unwanted = decide.seatbelt(ask, principal, pending.admission)
             if unwanted is None:
                 await self._reserve(pending)
@@ -197,10 +202,12 @@ class Guardian:
             raise Unauthorized if registry.fresh else RegistryDown
         return principal
 
-    def _weigh(self, ask: Ask, principal: Principal, at: int, began: float, hops: tuple[Hop, ...]) -> Pending:
+    def _weigh(
+        self, ask: Ask, principal: Principal, at: int, began: float, hops: tuple[Hop, ...], status: str
+    ) -> Pending:
         """What it may cost."""
         ratio = self._seen.ratio(ask.tenant)
-        admission, fault = decide.weigh(self._house, ask, principal, ratio)
+        admission, fault = decide.weigh(self._house, ask, principal, ratio, status)
         if fault:
             self._ctx.log.warning("tokens could not be counted", extra={"rid": ask.rid, "error": fault})
         return Pending(
