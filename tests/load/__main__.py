@@ -12,6 +12,7 @@ Overload mode has options of its own: `overload --help`.
     python -m tests.load slow-reader      one client of 1 KiB/s beside 200 streams
     python -m tests.load stalled          2,000 clients that never read
     python -m tests.load soak             200,000 requests, and whether anything grows
+    python -m tests.load edge             a thousand reservations at once at a limit, from four processes
 
 start a Hotpath of their own (flow.py, soak.py); exit code 0 when the figures of the acceptance are met.
 """
@@ -31,7 +32,7 @@ import uvloop
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from tests.load import flow, overload, report, soak
+from tests.load import edge, flow, overload, report, soak
 from tests.load.callers import Caller, HttpCaller, NatsCaller
 from tests.load.nats_client import NatsClient
 from tests.load.work import Mix, jobs, parse_weights
@@ -163,6 +164,8 @@ def main(argv: list[str] | None = None) -> int:
         return flow.main(words, console)
     if words[:1] == ["soak"]:
         return soak.main(words, console)
+    if words[:1] == ["edge"]:
+        return edge.main(words, console)
     chosen = arguments(words)
     shown = uvloop.run(run(chosen, console))
     if chosen.json and str(chosen.json) == "-":
