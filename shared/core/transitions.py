@@ -41,7 +41,7 @@ TABLE: Final[dict[str, tuple[frozenset[State], State]]] = {
     "settle": (frozenset({"dispatched", "reserved"}), "settled"),  # reserved: the answer to its dispatch was lost
     "overrun": (frozenset({"dispatched", "reserved"}), "settled"),
     "late": (frozenset({"unconfirmed", "posted", "voided", "none"}), "settled"),  # none: voided before it was reserved
-    "opened": (frozenset({"none"}), "settled"),
+    "opened": (frozenset({"none", "voided"}), "settled"),  # voided: and forgotten, its tombstone is gone
     "correct": (frozenset({"settled", "posted"}), "settled"),
     "void": (frozenset({"dispatched"}), "settled"),
     "unconfirm": (frozenset({"dispatched"}), "unconfirmed"),

@@ -12,7 +12,7 @@ from shared.state import keys
 from shared.state.base import Level, StateUnavailable
 from shared.state.keys import Period
 from shared.state.pipeline import Pipeline
-from shared.state.scripts import LEDGER, Scripts, load
+from shared.state.scripts import Scripts, ledger_script, load
 
 #: Lua's exact integers end here: limits and amounts above are refused ($9,007,199).
 MAX_AMOUNT: Final = 2**53 - 1
@@ -28,7 +28,7 @@ READ_TIMEOUT: Final = 5.0
 State = Literal["reserved", "voided", "dispatched", "settled", "unconfirmed", "posted"]
 CALL_STATES: Final[dict[str, State]] = {"D": "dispatched", "S": "settled", "U": "unconfirmed", "B": "posted"}
 
-_LIMIT: Final = load("limit", *LEDGER)
+_LIMIT: Final = ledger_script("limit")
 _LOOK: Final = load("look")
 _LEVEL: Final = re.compile(r"t|[ku]:[A-Za-z0-9_-]{1,64}")
 _NAMES: Final = {"t": "tenant", "k": "key", "u": "user"}

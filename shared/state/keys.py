@@ -55,7 +55,7 @@ def journal(tenant: str) -> bytes:
 
 
 def rates(tenant: str) -> bytes:
-    """Hash: t and k:<key id> -> token buckets and velocity (msgpack; lua/_rates.lua)."""
+    """Hash: t and k:<key id> -> token buckets and velocity (msgpack; lua/_rated.lua)."""
     return f"{_tag(tenant)}:rate".encode()
 
 

@@ -23,7 +23,7 @@ from shared.state.base import (
 )
 from shared.state.books import MAX_AMOUNT, POST_TIMEOUT, Books, Entry, check_amount
 from shared.state.pipeline import Pipeline
-from shared.state.scripts import LEDGER, RATED, Scripts, load
+from shared.state.scripts import Scripts, ledger_script
 
 __all__ = ["MAX_AMOUNT", "Entry", "RedisLedger"]
 
@@ -39,7 +39,7 @@ KEEP_MONTHS: Final = 24
 #: Of users, of whom there may be thousands, only what limits still look at, and yesterday for calls that end late.
 KEEP_USER_DAYS: Final = 3
 
-#: Entries swept by one script call (lua/_entries.lua), and calls of one sweep per tenant: 512 entries a second each.
+#: Entries swept by one script call (lua/_sweep.lua), and calls of one sweep per tenant: 512 entries a second each.
 SWEPT_AT_ONCE: Final = 16
 SWEEPS_A_TURN: Final = 32
 #: Tenants whose next due time is asked in one pipelined write.
@@ -50,9 +50,8 @@ LOOK_AGAIN_MS: Final = 3000
 #: Keys of so many tenants stay composed.
 _KEYS_KEPT: Final = 4096
 
-_FRAGMENTS: Final = {"reserve": RATED, "settle": RATED, "void": RATED}
 _NAMES: Final = ("reserve", "dispatch", "topup", "extend", "settle", "void", "expire", "correct", "restore")
-SCRIPTS: Final = {name: load(name, *_FRAGMENTS.get(name, LEDGER)) for name in _NAMES}
+SCRIPTS: Final = {name: ledger_script(name) for name in _NAMES}
 _RESERVE, _DISPATCH, _TOPUP, _EXTEND, _SETTLE, _VOID, _EXPIRE, _CORRECT, _RESTORE = SCRIPTS.values()
 _UNRATED: Final = (b"", 0, 0, 0, 0)
 

@@ -13,9 +13,18 @@ from shared.state.pipeline import Pipeline
 from shared.state.resp import pack
 
 _FOLDER: Final = Path(__file__).parent / "lua"
-#: What stands in front of each ledger script, in this order.
+#: What stands in front of every ledger script, in this order; and what further parts some of them stand on. Each script
+#: gets only what it needs: a function that is defined costs 0.3 us in each run, called or not.
 LEDGER: Final = ("_balances", "_entries")
-RATED: Final = (*LEDGER, "_rates")
+_PARTS: Final = {
+    "reserve": ("_sweep", "_open", "_rated", "_rates"),
+    "dispatch": ("_open",),
+    "topup": ("_open",),
+    "settle": ("_post", "_rated"),
+    "correct": ("_post",),
+    "void": ("_rated",),
+    "expire": ("_sweep",),
+}
 
 
 class Script(Struct, frozen=True):
@@ -33,6 +42,11 @@ def load(name: str, *prelude: str) -> Script:
     shared = [(_FOLDER / f"{part}.lua").read_text("utf-8") for part in prelude]
     text = "\n".join([shebang, *shared, body]).encode()
     return Script(name, text, digest(text))
+
+
+def ledger_script(name: str) -> Script:
+    """A script of the ledger, with the parts it stands on."""
+    return load(name, *LEDGER, *_PARTS.get(name, ()))
 
 
 def digest(text: bytes) -> bytes:

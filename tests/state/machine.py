@@ -71,8 +71,9 @@ class BothSides(RuleBasedStateMachine):
         if hasattr(self, "books"):
             lines = self.runner.run(self.money.journal())
             replay = Replay()
-            assert not [wrong for line in lines for wrong in replay.feed(line) if wrong.rule not in EXPECTED]
-            assert not replay.differences(self.books.fields)
+            wrong = [wrong for line in lines for wrong in replay.feed(line) if wrong.rule not in EXPECTED]
+            assert wrong == [], wrong
+            assert replay.differences(self.books.fields) == []
             done["lines"] += len(lines)
             done["trimmed"] += bool(lines) and lines[0].op == "snap"
 
@@ -199,8 +200,9 @@ class BothSides(RuleBasedStateMachine):
     @invariant()
     def the_journal_replays_to_the_balances(self) -> None:
         if hasattr(self, "books"):
-            assert not self.books.replay.differences(self.books.fields)
-            assert not [wrong for wrong in self.books.wrong if wrong.rule not in EXPECTED]
+            assert self.books.replay.differences(self.books.fields) == []
+            wrong = [each for each in self.books.wrong if each.rule not in EXPECTED]
+            assert wrong == [], wrong
 
     @invariant()
     def nothing_admitted_passes_a_limit(self) -> None:

@@ -55,8 +55,9 @@ end
 -- A limit of the three as text ("-" = none), or nil.
 local function limit_of(text)
   if text == '-' then return nil end
-  if not string.find(text, '^%d+$') or #text > 16 then damaged() end
-  return tonumber(text)
+  local limit = tonumber(text) -- of digits and dashes, by the pattern it was read with
+  if not limit or limit < 0 or #text > 16 then damaged() end
+  return limit
 end
 
 -- Decimal text + number. A lifetime may pass 2^53 nano-USD ($9 million): whole dollars and nano-USD are added apart then.
@@ -89,49 +90,62 @@ local function begin(guarded)
   end
 end
 
+-- Limits of the levels at values[at + 1...], flat: day, month, lifetime of each; nil where there is none.
+local function limits_of(values, at, levels)
+  local found = {}
+  for i = 1, levels do
+    local text = values[at + i]
+    if text then
+      local day, month, lifetime = string.match(text, '^([%d-]+) ([%d-]+) ([%d-]+)$')
+      if not day then damaged() end
+      found[3 * i - 2], found[3 * i - 1], found[3 * i] = limit_of(day), limit_of(month), limit_of(lifetime)
+    end
+  end
+  return found
+end
+
 -- Adds to the balances of every level of an entry in its day, month and lifetime: everything is read and checked, then
 -- written at once. With `guarded`, writes nothing and returns what is left, the level and the period when a limit would
 -- be passed (I2).
 local function move(entry, settled, pending, held, guarded)
   if settled == 0 and pending == 0 and held == 0 and not guarded then return end
   local day, month, lifetime = buckets_of(entry[DAY])
-  local levels, names = {'t'}, {}
+  local levels, names, size = {'t'}, {}, 0
   if entry[KEY] ~= '' then levels[2] = 'k:' .. entry[KEY] end
   if entry[USER] ~= '' then levels[#levels + 1] = 'u:' .. entry[USER] end
-  local stride = guarded and 4 or 3
-  for i, level in ipairs(levels) do
-    local at = stride * (i - 1)
-    names[at + 1], names[at + 2], names[at + 3] = level .. ':' .. day, level .. ':' .. month, level .. ':' .. lifetime
-    if guarded then names[at + 4] = level .. ':limit' end
+  for i = 1, #levels do
+    local level = levels[i] .. ':'
+    names[size + 1], names[size + 2], names[size + 3] = level .. day, level .. month, level .. lifetime
+    size = size + 3
   end
-  local size = #names
-  if guarded then names[size + 1], names[size + 2] = 'ratio', 'about' end
-  local values = redis.call('HMGET', balances, unpack(names))
-  local left, which, period, write, w = EXACT, 't', 'lifetime', {}, 0
-  for i, level in ipairs(levels) do
-    local at, limits = stride * (i - 1), nil
-    if guarded and values[at + 4] then
-      limits = {string.match(values[at + 4], '^([%d-]+) ([%d-]+) ([%d-]+)$')}
-      if #limits ~= 3 then damaged() end
-    end
-    for j = 1, 3 do
-      local s, p, u = balance(values[at + j])
-      if guarded then
-        -- without a limit too: what is held stays a number that Lua can add to, whatever moves from pending to unconfirmed
-        local limit = limits and limit_of(limits[j])
-        local rest = (limit and limit - tonumber(s) or EXACT) - p - u
-        if rest < left then left, which, period = rest, level, PERIODS[j] end
-      end
-      -- nothing held never goes below 0: a hash that was deleted must not turn into headroom
-      p, u = math.max(p + pending, 0), math.max(u + held, 0)
-      write[w + 1], write[w + 2] = names[at + j], string.format('%s %.0f %.0f', add(s, settled), p, u)
-      w = w + 2
-    end
-  end
-  if guarded and not values[size + 2] or not values[3] then begin(guarded) end
+  local at = size + #levels
   if guarded then
-    ratio = tonumber(values[size + 1] or 1000000)
-    if pending > 0 and pending > left then return math.max(0, left), which, period end
+    for i = 1, #levels do names[size + i] = levels[i] .. ':limit' end
+    names[at + 1], names[at + 2] = 'ratio', 'about'
+  end
+  local values = redis.call('HMGET', balances, unpack(names))
+  local limits = guarded and limits_of(values, size, #levels)
+  local left, tightest, write = EXACT, 3, {}
+  for i = 1, size do
+    local s, p, u = balance(values[i])
+    if guarded then
+      -- without a limit too: what is held stays a number that Lua can add to, whatever moves from pending to unconfirmed
+      local limit = limits[i]
+      local rest = (limit and limit - tonumber(s) or EXACT) - p - u
+      if rest < left then left, tightest = rest, i end
+    end
+    -- nothing held never goes below 0: a hash that was deleted must not turn into headroom
+    p, u = p + pending, u + held
+    if settled ~= 0 then s = add(s, settled) end
+    write[2 * i - 1] = names[i]
+    write[2 * i] = string.format('%s %.0f %.0f', s, p > 0 and p or 0, u > 0 and u or 0)
+  end
+  if guarded and not values[at + 2] or not values[3] then begin(guarded) end
+  if guarded then
+    ratio = tonumber(values[at + 1] or 1000000)
+    if pending > 0 and pending > left then
+      return left > 0 and left or 0, levels[math.ceil(tightest / 3)], PERIODS[(tightest - 1) % 3 + 1]
+    end
     if pending == 0 then return end
   end
   redis.call('HSET', balances, unpack(write))
