@@ -69,6 +69,7 @@ def test_found_whatever_stands_around(kind, text):
         ("\\nfoo@example.com", "email", "foo@example.com"),
         ("mailto:foo@example.com?subject=x", "email", "foo@example.com"),
         ("2001:db8::1: port unreachable", "ip", "2001:db8::1"),
+        ("+1 415 555 2671 2024", "phone", "+1 415 555 2671"),
         ("card_4111111111111111", "credit_card", "4111111111111111"),
     ],
 )  # fmt: skip
@@ -89,7 +90,7 @@ def test_found_in_context(text, kind, part):
         "12345678-1234-1234-1234-123456789012", "ISBN 978-3-16-148410-0", "git diff @@ -1,5 +1,7 @@",
         "logo@2x.png @decorator",
         "a@b @x.com foo@bar", "x +25000000 +0530 UTC+02:00", "100 200 3000", "phone 2026-11-26 10",
-        "smartphone 1234567",
+        "smartphone 1234567", "+14155552671234",
         "lat 52.5200066 lon 13.4049540", "$1,234,567.89 1 000 000", "phone_id: 1234567", "1e+12345678901",
     ],
 )  # fmt: skip
