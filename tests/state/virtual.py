@@ -37,6 +37,7 @@ class VirtualClock:
 
     def __init__(self, state: State, tenant: str, now: int) -> None:
         self._state = state
+        self.tenant = tenant
         self._key = keys.balances(tenant) + b":clock"
         self.ms = now
         self.us = 0

@@ -1,6 +1,7 @@
 -- Put in front of reserve by scripts.py, after _rated.lua: token buckets of a minute and velocity counters. Advice, not
 -- money: fractions are welcome.
 
+local BLUR = 1e-6 -- sums of fractions are off in the 13th digit: that makes nobody wait a millisecond more
 local precise = time[1] * 1000 + time[2] / 1000 -- ms with their fraction: at 100 a second one takes 10
 
 -- A scope's buckets as of now; full ones when it is new. One without a limit (0) is bottomless, and full when it gets one.
@@ -22,8 +23,8 @@ local function look(key, needs, limits)
   for i = 1, 4 do
     local level, kind = i < 3 and 1 or 2, i % 2 == 1 and REQUESTS or TOKENS
     local short = needs[kind] - found[level][kind]
-    if short > 0 then
-      local ms = needs[kind] > limits[i] and -1 or math.max(1, math.ceil(short * 60000 / limits[i]))
+    if short > BLUR then
+      local ms = needs[kind] > limits[i] and -1 or math.max(1, math.ceil(short * 60000 / limits[i] - BLUR))
       if ms < 0 or ms > longest then
         longest = ms
         refusal = {'limited', ms, level == 1 and 't' or 'k:' .. key, kind == REQUESTS and 'requests' or 'tokens'}
