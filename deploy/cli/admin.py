@@ -1,4 +1,4 @@
-"""What `hotpath keys|budget|ledger|trace` do, as plain JSON values; app.py prints them."""
+"""What `hotpath ledger|circuits|trace|version` do, as plain JSON values; app.py prints them."""
 
 import asyncio
 import platform
@@ -6,16 +6,15 @@ import re
 import tomllib
 from collections.abc import Awaitable, Callable
 from importlib import metadata
-from typing import Any, Final, TypeVar, get_args
+from typing import Any, Final, TypeVar
 
 from deploy import servers
 from deploy.cli.procfile import ROOT
 from deploy.cli.where import Where
 from shared.bus.base import BusUnavailable
-from shared.core import money
 from shared.settings import Settings
 from shared.state.base import StateUnavailable
-from shared.state.keys import Period
+from shared.state.operations import Missing
 from shared.state.redis import State
 from shared.wire import subjects
 
@@ -23,7 +22,6 @@ NOTICE_S: Final = 0.3  # a notice is a courtesy: every process polls the registr
 BEATS_S: Final = 0.7  # a live ingress beats every 500 ms
 MAX_INGRESSES: Final = 256
 
-_RID: Final = re.compile(r"[0-9a-f]{32}\Z")
 _LABEL: Final = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
 
 T = TypeVar("T")
@@ -66,101 +64,16 @@ async def tell_everyone(where: Where, settings: Settings) -> None:
         return
 
 
-def _period(text: str) -> Period:
-    for period in get_args(Period):
-        if text == period:
-            return period  # type: ignore[no-any-return]
-    raise ValueError(f"--period {text}: expected day, month or lifetime")
-
-
-def _limit(text: str) -> int | None:
-    if text == "none":  # never the empty text: a shell variable that is not set must not lift a limit
-        return None
-    try:
-        return money.usd_to_nano(text)
-    except ValueError as exc:
-        raise ValueError(f"--limit-usd {text}: {exc}") from exc
-
-
-async def _tenant(state: State, name: str) -> str:
-    found = await state.tenant_by_name(name)
-    if found is None:
-        raise Failed(f"there is no tenant {name}; `hotpath keys create --tenant {name}` makes one")
-    return found
-
-
-def create_key(where: Where, tenant: str, limit_usd: str, period: str, *, synthetic: bool) -> dict[str, Any]:
-    """{"key", "key_id", "tenant_id"}."""
-    limit, wanted = _limit(limit_usd), _period(period)
-
-    async def work(state: State) -> dict[str, Any]:
-        made = await state.create_key(tenant, limit, wanted, synthetic=synthetic)
-        await tell_everyone(where, where.settings())
-        return {"key": made.key, "key_id": made.key_id, "tenant_id": made.tenant_id}
-
-    return with_state(where, work)
-
-
-def list_keys(where: Where) -> dict[str, Any]:
-    """{"keys": [{"key_id", "tenant_id", "tenant", "synthetic", "created" (ms), "revoked" (ms, 0: it is good)}]}."""
-
-    async def work(state: State) -> dict[str, Any]:
-        names = ("key_id", "tenant_id", "tenant", "synthetic", "created", "revoked")
-        return {"keys": [{name: getattr(key, name) for name in names} for key in await state.list_keys()]}
-
-    return with_state(where, work)
-
-
-def revoke_key(where: Where, key_id: str) -> dict[str, Any]:
-    """{"key_id", "revoked": true}. Raises Failed for an unknown id."""
-
-    async def work(state: State) -> dict[str, Any]:
-        if not await state.revoke_key(key_id):
-            raise Failed(f"there is no key {key_id}; `hotpath keys list` shows the ids")
-        await tell_everyone(where, where.settings())
-        return {"key_id": key_id, "revoked": True}
-
-    return with_state(where, work)
-
-
-async def _budget(state: State, tenant: str, name: str) -> dict[str, Any]:
-    fields = ("level", "period", "settled", "pending", "unconfirmed", "limit")
-    levels = await state.ledger.balances(tenant=tenant)
-    return {"tenant": name, "levels": [{field: getattr(level, field) for field in fields} for level in levels]}
-
-
-def show_budget(where: Where, tenant: str) -> dict[str, Any]:
-    """{"tenant", "levels": [{"level", "period", "settled", "pending", "unconfirmed", "limit": int | null}]}."""
-
-    async def work(state: State) -> dict[str, Any]:
-        return await _budget(state, await _tenant(state, tenant), tenant)
-
-    return with_state(where, work)
-
-
-def set_budget(where: Where, tenant: str, limit_usd: str, period: str) -> dict[str, Any]:
-    """Set (or clear, with `none`) the limit; the budget afterwards."""
-    limit, wanted = _limit(limit_usd), _period(period)
-
-    async def work(state: State) -> dict[str, Any]:
-        found = await _tenant(state, tenant)
-        await state.set_limit(found, wanted, limit)
-        await tell_everyone(where, where.settings())
-        return await _budget(state, found, tenant)
-
-    return with_state(where, work)
-
-
 def show_ledger(where: Where, tenant: str, rid: str) -> dict[str, Any]:
     """{"tenant", "entries": [{"rid", "call", "state", "amount", "cost", "estimated", ...}]}, one request's or all."""
-    if rid and not _RID.match(rid):
-        raise ValueError(f"{rid}: a request id is 32 hex digits")
 
     async def work(state: State) -> dict[str, Any]:
-        found = await state.entries(await _tenant(state, tenant))
+        try:
+            found = await state.operations.entries(tenant, rid)
+        except Missing as exc:
+            raise Failed(f"{exc}; `hotpath keys list` shows the tenants") from exc
         names = ("rid", "call", "state", "amount", "cost", "estimated", "instance", "delivery", "deadline")
-        entries = [{name: getattr(entry, name) for name in names} for entry in found if rid in {"", entry.rid}]
-        return {"tenant": tenant, "entries": entries}
+        return {"tenant": tenant, "entries": [{name: getattr(entry, name) for name in names} for entry in found]}
 
     return with_state(where, work)
 

@@ -5,69 +5,19 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from deploy.cli import admin, app_ledger, control, doctor, prices, show
+from deploy.cli import admin, app_ledger, app_tenants, control, doctor, prices, show
 from deploy.cli.act import Data, Json, act
 from deploy.cli.where import Where
 
-Tenant = Annotated[str, typer.Argument(help="The tenant's name.")]
-Period = Annotated[str, typer.Option(help="day, month or lifetime (UTC).")]
-
 _OPTIONS: Final = {"add_completion": False, "rich_markup_mode": None, "pretty_exceptions_enable": False}
 main = typer.Typer(no_args_is_help=True, help="Hotpath: an AI gateway. Start it with `hotpath up`.", **_OPTIONS)  # type: ignore[arg-type]
-keys = typer.Typer(no_args_is_help=True, help="API keys of the tenants.", rich_markup_mode=None)
-budget = typer.Typer(no_args_is_help=True, help="What tenants spent, and their limits.", rich_markup_mode=None)
 priced = typer.Typer(no_args_is_help=True, help="What models cost.", rich_markup_mode=None)
-main.add_typer(keys, name="keys")
-main.add_typer(budget, name="budget")
+main.add_typer(app_tenants.keys, name="keys")
+main.add_typer(app_tenants.tenant, name="tenant")
+main.add_typer(app_tenants.budget, name="budget")
+main.command("spend")(app_tenants.spend)
 main.add_typer(app_ledger.ledger, name="ledger")
 main.add_typer(priced, name="prices")
-
-
-@keys.command("create")
-def keys_create(
-    tenant: Annotated[str, typer.Option(help="The tenant the key belongs to; made if it is new.")],
-    limit_usd: Annotated[str, typer.Option(help="The tenant's limit in USD for --period.")] = "none",
-    period: Period = "month",
-    synthetic: Annotated[
-        bool, typer.Option("--synthetic", help="May publish requests over NATS (load tests).")
-    ] = False,
-    json_out: Json = False,
-    data: Data = "",
-) -> None:
-    """Make a key; it is shown this once."""
-    act(data, json_out, lambda w: admin.create_key(w, tenant, limit_usd, period, synthetic=synthetic), show.new_key)
-
-
-@keys.command("list")
-def keys_list(json_out: Json = False, data: Data = "") -> None:
-    """All keys, without their secret part."""
-    act(data, json_out, admin.list_keys, show.key_table)
-
-
-@keys.command("revoke")
-def keys_revoke(
-    key_id: Annotated[str, typer.Argument(help="As `keys list` shows it.")], json_out: Json = False, data: Data = ""
-) -> None:
-    """Revoke a key, everywhere within 1 s."""
-    act(data, json_out, lambda w: admin.revoke_key(w, key_id), lambda done: f"revoked {done['key_id']}")
-
-
-@budget.command("show")
-def budget_show(tenant: Tenant, json_out: Json = False, data: Data = "") -> None:
-    """Settled, pending and unconfirmed of the current day, month and lifetime."""
-    act(data, json_out, lambda w: admin.show_budget(w, tenant), show.budget_table)
-
-
-@budget.command("set")
-def budget_set(
-    tenant: Tenant,
-    limit_usd: Annotated[str, typer.Option(help="USD, or `none` for no limit.")],
-    period: Period = "month",
-    json_out: Json = False,
-    data: Data = "",
-) -> None:
-    """Set or clear a tenant's limit."""
-    act(data, json_out, lambda w: admin.set_budget(w, tenant, limit_usd, period), show.budget_table)
 
 
 @priced.command("show")

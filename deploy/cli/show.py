@@ -42,18 +42,59 @@ def new_key(made: dict[str, Any]) -> str:
 
 def key_table(found: dict[str, Any]) -> "Table":
     """One row per key."""
-    table = _table("key id", "tenant", "synthetic", "revoked")
+    table = _table("key id", "tenant", "made", "expires", "models", "rpm", "tpm", "")
     for key in found["keys"]:
-        table.add_row(key["key_id"], key["tenant"], "yes" if key["synthetic"] else "", "yes" if key["revoked"] else "")
+        notes = [word for word in ("synthetic", "revoked") if key[word]]
+        table.add_row(
+            key["key_id"], key["tenant"], _time(key["created"]), _time(key["expires"]), " ".join(key["models"]),
+            _rate(key["rpm"]), _rate(key["tpm"]), ", ".join(notes),
+        )  # fmt: skip
     return table
+
+
+def _time(ms: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.gmtime(ms / 1000)) if ms else ""
+
+
+def _rate(number: int) -> str:
+    return str(number) if number else ""
+
+
+def tenant_lines(found: dict[str, Any]) -> str:
+    """One line per setting."""
+    rows = {
+        "tenant": f"{found['tenant']} (id {found['tenant_id']}{', synthetic' if found['synthetic'] else ''})",
+        "mode": found["mode"],
+        "pii": found["pii"],
+        "keywords": ", ".join(found["keywords"]) or "none",
+        "clamp": "yes" if found["clamp"] else "no",
+        "requests a minute": _rate(found["rpm"]) or "no limit",
+        "tokens a minute": _rate(found["tpm"]) or "no limit",
+    }
+    return "\n".join(f"{name:<18} {value}" for name, value in rows.items())
 
 
 def budget_table(found: dict[str, Any]) -> "Table":
     """One row per level and period, in USD."""
     table = _table("tenant", "level", "period", "settled", "pending", "unconfirmed", "limit")
+    of = found.get("key") or found.get("user") or ""
     for level in found["levels"]:
         amounts = (_usd(level[name]) for name in ("settled", "pending", "unconfirmed", "limit"))
-        table.add_row(found["tenant"], level["level"], level["period"], *amounts)
+        table.add_row(found["tenant"], f"{level['level']} {of}".strip(), level["period"], *amounts)
+    return table
+
+
+def spend_table(found: dict[str, Any]) -> "Table":
+    """One row per model, key or day, and the sum."""
+    counts = [
+        name for name in ("requests", "input_tokens", "output_tokens") if any(name in row for row in found["rows"])
+    ]
+    held = [name for name in ("pending", "unconfirmed") if any(name in row for row in found["rows"])]
+    table = _table(found["by"], "settled", *held, *(name.replace("_", " ") for name in counts))
+    for row in found["rows"]:
+        amounts = (_usd(row.get(name)) for name in ("settled", *held))
+        table.add_row(row["name"], *amounts, *(str(row.get(name, "")) for name in counts))
+    table.add_row("total", _usd(found["settled"]))
     return table
 
 

@@ -19,6 +19,7 @@ from shared.state.circuits import RedisCircuits, policy
 from shared.state.clock import SharedClock
 from shared.state.keys import Period
 from shared.state.ledger import SCRIPTS, RedisLedger
+from shared.state.operations import Operations
 from shared.state.pipeline import Pipeline
 from shared.state.policies import KeyChange
 from shared.state.registry import RedisRegistry
@@ -67,6 +68,9 @@ class State:
             announce=partial(announce, self._side),
         )
         self.admin: Final = Admin(self._side, pepper=settings.key_pepper, set_limit=self.ledger.set_limit)
+        self.operations: Final = Operations(
+            admin=self.admin, ledger=self.ledger, pepper=settings.key_pepper, now=self.clock.now
+        )
         self.registry = RedisRegistry(
             self._side,
             pepper=settings.key_pepper,
