@@ -17,6 +17,7 @@ main.add_typer(app_tenants.tenant, name="tenant")
 main.add_typer(app_tenants.budget, name="budget")
 main.command("spend")(app_tenants.spend)
 main.add_typer(app_ledger.ledger, name="ledger")
+main.command("reconcile")(app_ledger.reconcile)
 main.add_typer(priced, name="prices")
 
 

@@ -1,11 +1,16 @@
-"""The commands `ledger ...`."""
+"""The commands `ledger ...` and `reconcile`."""
 
-from typing import Annotated
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from deploy.cli import admin, show, verify
+from deploy.cli import reconcile as reconciling
 from deploy.cli.act import Data, Json, act
+from deploy.cli.where import Where
 
 Tenant = Annotated[str, typer.Argument(help="The tenant's name.")]
 
@@ -31,3 +36,35 @@ def ledger_verify(
     found = act(data, json_out, lambda w: verify.verify(w, tenant), verify.text)
     if not found["right"]:
         raise typer.Exit(1)
+
+
+def reconcile(
+    bill: Annotated[Path, typer.Option(metavar="FILE", help="The provider's export: one JSON object a line.")],
+    tenant: Annotated[str, typer.Option(help="Only this tenant's calls.")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Change nothing.")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out lines that cannot be read.")] = False,
+    post_unknown: Annotated[str, typer.Option(metavar="TENANT", help="Charge calls nobody knows to this one.")] = "",
+    complete: Annotated[
+        str,
+        typer.Option(
+            metavar="all|FROM/UNTIL",
+            help="The bill has EVERY call of EVERY provider in this time (UTC): close at 0 what it does not mention and"
+            " was never certain (unconfirmed, estimated). Wait until the providers' exports cover the time.",
+        ),
+    ] = "",
+    json_out: Json = False,
+    data: Data = "",
+) -> None:
+    """Put the books right by a provider's bill, and say by how much they were off (0 when right)."""
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    def work(where: Where) -> Any:
+        span = reconciling.span(complete, int(time.time() * 1000)) if complete else None
+        options = reconciling.Options(
+            tenant=tenant, dry_run=dry_run, skip_bad=skip_bad, post_unknown=post_unknown, complete=span
+        )
+        return reconciling.reconcile(where, bill, options, say)
+
+    act(data, json_out, work, reconciling.text)

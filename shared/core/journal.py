@@ -82,13 +82,20 @@ class Replay:
         request = self._requests.get(rid)
         return request.calls.get(number) if request else None
 
-    def calls(self) -> Iterable[tuple[str, int, Call]]:
-        """Every call that lines told of: request id, number, call; a reservation without a call as number 0."""
+    def requests(self) -> Iterable[tuple[str, bool, dict[int, Call]]]:
+        """Every request that lines told of: its id, whether it is known from its beginning, and its calls by number;
+        one without a call has its reservation as number 0."""
         for rid, request in self._requests.items():
-            if not request.calls:
-                yield rid, 0, request.reservation
-            for number, call in request.calls.items():
-                yield rid, number, call
+            yield rid, request.known, request.calls or {0: request.reservation}
+
+    def take(self, rid: str) -> tuple[bool, dict[int, Call]]:
+        """The same of one request, which is then left out; (False, {}) for one of which no line told."""
+        request = self._requests.pop(rid, None)
+        return (request.known, request.calls or {0: request.reservation}) if request else (False, {})
+
+    def calls(self) -> Iterable[tuple[str, int, Call]]:
+        """Every call of them: request id, number, call."""
+        return ((rid, number, call) for rid, _, calls in self.requests() for number, call in calls.items())
 
     def differences(self, fields: Mapping[str, str]) -> list[str]:
         """How the fields of a balances hash (all of them) differ from what the lines add up to; [] = they are equal."""

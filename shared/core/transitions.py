@@ -79,9 +79,8 @@ class Line(Struct, frozen=True, kw_only=True):
 
 
 class Call(Struct, frozen=True):
-    """A call as the lines tell it; of a request that has none, its reservation. `line`: id of the newest on it.
-
-    `again` is what was posted besides `cost`, by whoever had forgotten the call."""
+    """A call as the lines tell it; of a request that has none, its reservation. `line`: id of the newest line on it,
+    `began`: of the first that is known. `again`: what was posted besides `cost`, by whoever had forgotten the call."""
 
     state: State
     held: int = 0
@@ -92,6 +91,7 @@ class Call(Struct, frozen=True):
     user: str = ""
     line: str = ""
     again: int = 0
+    began: str = ""
 
     @property
     def posted(self) -> int:
@@ -122,7 +122,7 @@ def follow(line: Line, before: Call) -> tuple[Call, tuple[str, str] | None]:
         raise ValueError("there is no such line")
     allowed, state = found
     if before.state == "unknown" or (before.held < 0 and before.state in allowed):
-        before = _assumed(line)
+        before = replace(_assumed(line), began=before.began)
     wrong = None
     if _again(line, before):
         wrong = ("twice", f"it was {before.state} at {before.cost}")
@@ -130,10 +130,10 @@ def follow(line: Line, before: Call) -> tuple[Call, tuple[str, str] | None]:
     elif before.state not in allowed:
         wrong = ("order", f"it was {before.state}")
         before = replace(before, state="none")
-    again = before.again
+    again, began = before.again, before.began or line.id
     if line.op == "correct" and line.settled == line.more[0] - before.posted:
         again = 0  # reconcile found both
-    after = Call(state, *_amounts(line, before), line.day, line.key, line.user, line.id, again)
+    after = Call(state, *_amounts(line, before), line.day, line.key, line.user, line.id, again, began)
     moved = tuple(now - then for now, then in zip(after.sums, before.sums, strict=True))
     if wrong is not None:
         return after, wrong

@@ -187,6 +187,20 @@ class Books:
         scores = await self._pipeline.execute(b"ZMSCORE", keys.leases(tenant), *raw, within=READ_TIMEOUT)
         return [rid for rid, score in zip(rids, scores, strict=True) if score is None]
 
+    async def claim(self, token: str, ms: int) -> bool:
+        """Be the one who reconciles, for so long, or still be it. Raises StateUnavailable."""
+        if await self._pipeline.execute(b"GET", keys.RECONCILE, within=READ_TIMEOUT) == token.encode():
+            return bool(await self._pipeline.execute(b"PEXPIRE", keys.RECONCILE, ms, within=READ_TIMEOUT))
+        done = await self._pipeline.execute(
+            b"SET", keys.RECONCILE, token, b"NX", b"PX", ms, within=READ_TIMEOUT
+        )  # fmt: skip
+        return done is not None
+
+    async def release(self, token: str) -> None:
+        """Let another one reconcile. Raises StateUnavailable."""
+        if await self._pipeline.execute(b"GET", keys.RECONCILE, within=READ_TIMEOUT) == token.encode():
+            await self._pipeline.execute(b"DEL", keys.RECONCILE, within=READ_TIMEOUT)
+
     async def entries(self, *, tenant: str, at_most: int = 100_000) -> list[Entry]:
         """The calls the ledger remembers, at most so many: `hotpath ledger show`. Raises StateUnavailable."""
         found: dict[bytes, list[Entry]] = {}

@@ -22,6 +22,9 @@ REGISTRY_TENANTS: Final = b"hp:{registry}:tenants"  # hash: tenant id -> name
 REGISTRY_NAMES: Final = b"hp:{registry}:names"  # hash: name -> tenant id
 REGISTRY_KEYS: Final = b"hp:{registry}:keys"  # hash: key id -> tenant id
 
+#: String: the token of who reconciles; one at a time, since what is forgotten is put right by what the journal says.
+RECONCILE: Final = b"hp:{registry}:reconcile"
+
 CIRCUITS: Final = b"hp:{circuits}"  # hash: version, and <endpoint>:<field>; lua/circuit.lua says what they are
 CIRCUITS_VERSION: Final = b"version"
 CIRCUIT_FIELDS: Final = (b"failures", b"until", b"openings", b"probes", b"probing", b"window")

@@ -50,6 +50,7 @@ class State:
 
     def __init__(self, settings: Settings) -> None:
         greeting = tuple(pack((b"SCRIPT", b"LOAD", script.text)) for script in SCRIPTS.values())
+        self.lease_grace_ms: Final = settings.ledger_lease_grace_ms
         self._hot = Pipeline(settings.redis_url, greeting=greeting)
         self._side = Pipeline(settings.redis_url)
         self._wake = asyncio.Event()

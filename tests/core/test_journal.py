@@ -73,6 +73,7 @@ def test_the_buckets_of_a_day():
         (RESERVE, line("expire", 0, (0, -100, 0)), line("late", 1, (60, 0, 0), 60, 0, 0)),
         (RESERVE, DISPATCH, line("void", 1, (0, -100, 0)), RESERVE),
         (line("opened", 3, (60, 0, 0), 60, 0, 0),),
+        (RESERVE, VOID, line("opened", 1, (60, 0, 0), 60, 0, 0)),  # its tombstone was gone
         (line("late", 1, (60, 0, 0), 60, 0, 0),),  # voided before it was reserved: that is no transition
     ],
 )

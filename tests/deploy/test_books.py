@@ -3,6 +3,7 @@
 import json
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -10,6 +11,7 @@ import pytest
 import redis
 
 from tests.e2e.rig import Up
+from tests.e2e.sim import Sim
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +72,26 @@ def test_verify_finds_a_balance_that_somebody_changed(up: Up, spent: dict[str, A
     assert "1 difference" in first
     assert "t:lifetime: the balances say 1 0 0" in second
     assert third.strip().startswith("-> hotpath ledger rebuild")
+
+
+def test_reconcile(up: Up, spent: dict[str, Any], tmp_path: Path) -> None:
+    """I1: the simulator's own bill, as it exports it, finds nothing to put right; a line that differs is, once."""
+    calls = [each for each in Sim(up.run["simulator_url"]).bill() if each["cost_nano_usd"]]
+    file = tmp_path / "bill.jsonl"
+    file.write_text("".join(json.dumps(each) + "\n" for each in calls))
+    found = up.cli("reconcile", "--bill", str(file), "--tenant", "deploy-books")
+    assert (found["difference"], found["kinds"]["right"]["calls"]) == (0, 2)
+    rids = {each["rid"] for each in up.cli("ledger", "show", "deploy-books")["entries"]}
+    mine = next(each for each in calls if each["request_id"][:32] in rids)
+    file.write_text(json.dumps(mine | {"cost_nano_usd": mine["cost_nano_usd"] + 7}) + "\n")
+    said = up.cli_run("reconcile", "--bill", str(file), "--dry-run").stdout
+    assert "difference: 7 nano-USD ($0.000000007), would be put right" in said
+    assert up.cli("reconcile", "--bill", str(file))["difference"] == 7
+    assert up.cli("reconcile", "--bill", str(file))["difference"] == 0
+    file.write_text(json.dumps(mine) + "\n")
+    assert up.cli("reconcile", "--bill", str(file), "--complete", "all", "--tenant", "deploy-books")["difference"] == -7
+    assert up.cli("ledger", "verify", "deploy-books")["right"] is True
+    file.write_text("no bill\n")
+    done = up.cli_run("reconcile", "--bill", str(file))
+    assert (done.returncode, "line 1: not a JSON object" in done.stderr) == (1, True)
+    assert "No such file" in up.cli_run("reconcile", "--bill", str(tmp_path / "none")).stderr
