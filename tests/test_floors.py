@@ -26,6 +26,7 @@ LARGE_FUNCTIONS: Final[dict[str, str]] = {}
 #: Handlers of `except Exception`: the door of a process, a task or a bus, where one fault must not take others along.
 DOORS: Final[dict[str, str]] = {
     "workers/guardian/admit.py": "one request must not take the others with it",
+    "workers/guardian/learn.py": "one usage message must not stop those that come after it",
     "shared/service/__init__.py": "whatever ends the process becomes one log line and an exit code",
     "shared/bus/nats.py": "the door of the bus: a handler's fault must not cost others their messages",
     "shared/bus/memory.py": "as bus/nats.py",

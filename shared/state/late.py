@@ -9,15 +9,17 @@ A call that was posted at its upper bound meanwhile is put right by what was rea
 """
 
 import asyncio
+import re
 from collections.abc import Iterable, Mapping
 from typing import Final
 
 from msgspec import Struct
 
 from shared.core.transitions import Line
+from shared.state import keys
 from shared.state.base import Settled, StateUnavailable
-from shared.state.books import PAGE
-from shared.state.ledger import RedisLedger
+from shared.state.books import MAX_AMOUNT, PAGE
+from shared.state.ledger import MAX_CALL, RedisLedger
 from shared.wire.records import UsageRecord
 
 #: The share of a tombstone's life within which it is surely there.
@@ -26,6 +28,7 @@ SURE: Final = 0.9
 SLACK_MS: Final = 1000
 AT_ONCE: Final = 64
 
+_RID: Final = re.compile(r"[0-9a-f]{32}")
 _POSTED: Final = frozenset({"settle", "overrun", "late", "opened", "correct"})
 _BOUND: Final = "post"
 
@@ -51,9 +54,12 @@ async def post(ledger: RedisLedger, records: Iterable[UsageRecord], now: int, to
     """For each record the id of the journal's line that posts it ("" = posted, the line is no longer kept), or why it
     is not posted: StateUnavailable (try again), Untold (never)."""
     tenants: dict[str, list[tuple[int, UsageRecord]]] = {}
-    for index, record in enumerate(records):
-        tenants.setdefault(record.tenant, []).append((index, record))
     results: dict[int, Result] = {}
+    for index, record in enumerate(records):
+        if _is_ours(record):
+            tenants.setdefault(record.tenant, []).append((index, record))
+        else:
+            results[index] = Untold("no provider of ours wrote this record")
     for tenant, wanted in tenants.items():
         for first in range(0, len(wanted), AT_ONCE):
             some = wanted[first : first + AT_ONCE]
@@ -86,8 +92,6 @@ async def _of_tenant(
                 doubles.append(record)
         elif isinstance(result, str | StateUnavailable | Untold):
             settled.append(result)
-        elif isinstance(result, ValueError):  # no record of ours: a rid that is none, an amount beyond all bounds
-            settled.append(Untold(str(result)))
         else:
             raise result
     if doubles:
@@ -97,6 +101,15 @@ async def _of_tenant(
             for record, result in zip(records, settled, strict=True)
         ]
     return settled
+
+
+def _is_ours(record: UsageRecord) -> bool:
+    return (
+        keys.OPAQUE.fullmatch(record.tenant) is not None
+        and _RID.fullmatch(record.rid) is not None
+        and 1 <= record.call <= MAX_CALL
+        and 0 <= record.cost <= MAX_AMOUNT
+    )
 
 
 def _call(record: UsageRecord) -> Call:
@@ -109,7 +122,7 @@ async def _is_known(ledger: RedisLedger, record: UsageRecord) -> bool:
 
 
 async def _one(ledger: RedisLedger, record: UsageRecord, found: Found | None) -> Settled | str:
-    """Raises StateUnavailable, Untold, ValueError."""
+    """Raises StateUnavailable, Untold."""
     if found is not None:
         if (line := found.posted.get(_call(record))) is not None:
             return line

@@ -22,9 +22,11 @@ from tests.load.callers import NatsCaller
 from tests.load.nats_client import NatsClient
 from tests.load.work import Job
 
-#: Everything that travels, by what stands before the instance ids; `inbox.<role>` holds only the server's own 503s.
+#: Everything that travels, by what stands before the instance ids; `inbox.<role>` holds only the server's own 503s and
+#: JetStream's answers.
 KINDS: Final = {
-    "admit", "guardian", "routing", "provider", "reply.ingress", "reply.loadgen", "control", "outcome", "inbox.alive",
+    "admit", "guardian", "routing", "provider", "reply.ingress", "reply.loadgen", "control", "outcome", "usage",
+    "inbox.alive", "inbox.guardian", "inbox.provider",
     "beat.ingress", "beat.guardian", "beat.routing", "beat.provider", "beat.loadgen",
     "notice.registry", "notice.circuit",
 }  # fmt: skip

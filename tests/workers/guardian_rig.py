@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import orjson
 
 from shared import catalog, settings
 from shared.bus.memory import Broker, MemoryBus
+from shared.bus.memory_jetstream import MemoryJetStream
 from shared.bus.roster import Roster
 from shared.bus.sender import Sender
 from shared.core.overload import Queue
@@ -71,6 +73,7 @@ class Rig:
         self.ctx = ctx
         self.role = role
         self.broker = broker
+        self.jetstream = MemoryJetStream(broker)
         self.outside: MemoryBus = broker.client("outside")
         self.forwarded: asyncio.Queue[bytes] = asyncio.Queue()
         self.failed: asyncio.Queue[Failed] = asyncio.Queue()
@@ -116,7 +119,8 @@ class Rig:
 @contextlib.asynccontextmanager
 async def running(role: Role, valkey_url: str, follower: str, **env: str) -> AsyncIterator[Rig]:
     """A started role; drained at the end."""
-    config = settings.load({**SECRETS, "REDIS_URL": valkey_url, **env})
+    spool = tempfile.TemporaryDirectory(prefix="hotpath-spool-")
+    config = settings.load({**SECRETS, "REDIS_URL": valkey_url, "SPOOL_DIR": spool.name, **env})
     state = await State.connect(config)
     broker = Broker()
     bus = broker.client(role.name)
@@ -142,6 +146,7 @@ async def running(role: Role, valkey_url: str, follower: str, **env: str) -> Asy
     finally:
         await role.drain()
         await state.close()
+        spool.cleanup()
 
 
 def without_redis(rig: Rig) -> Away:

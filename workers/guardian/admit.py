@@ -19,6 +19,7 @@ from shared.core import tokens
 from shared.core.head import guardian_head
 from shared.core.overload import Queue, Shares
 from shared.service.killat import reach, reach_soon
+from shared.service.usage import UsageStream
 from shared.state.base import Principal, Reserved, StateUnavailable
 from shared.state.behind import Behind
 from shared.wire import headers, subjects
@@ -40,14 +41,15 @@ from shared.wire.messages import UNREADABLE, VERSION, Admission, Ask, Cancel, Cr
 from workers.guardian import decide, envelope, refusals
 from workers.guardian.assess import likely_tokens
 from workers.guardian.decide import House, Pending
+from workers.guardian.learn import Learner
 from workers.guardian.screening import Screening
 from workers.guardian.seen import Seen
+from workers.guardian.sweep import Sweeper
 
 if TYPE_CHECKING:
     from shared.service import Context
 
 RESERVE_MS: Final = 100  # a reserve that runs later than this is refused by the ledger (DESIGN 4)
-SWEEP_S: Final = 1.0  # expired leases of idle tenants (I3: lease + 5 s)
 
 
 #: Requests a minute: from a person to a batch job.
@@ -64,7 +66,6 @@ class Guardian:
         self.capacity = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._subscriptions: list[Subscription] = []
-        self._sweeper: asyncio.Task[None] | None = None
 
     def in_flight(self) -> int:
         """Requests whose reservation is being made."""
@@ -101,7 +102,12 @@ class Guardian:
             await ctx.bus.subscribe(own, self._on_ingress),
             await ctx.bus.subscribe(subjects.ADMIT, self._on_direct, subjects.ADMIT_GROUP),
         ]
-        self._sweeper = self._loop.create_task(self._sweep())
+        self._usage = UsageStream(ctx, update=True)
+        self._learner = Learner(ctx, self._usage)
+        await self._usage.start()
+        await self._learner.start()
+        self._sweeper = Sweeper(ctx, self._usage)
+        self._sweeper.start()
 
     async def drain(self) -> None:
         """Take nothing more, finish what is under way."""
@@ -112,8 +118,9 @@ class Guardian:
             await asyncio.wait(self._tasks, timeout=timeout)
         await self._ctx.sender.settled()  # what could not be handed on is void
         await self._behind.drain(timeout)
-        if self._sweeper is not None:
-            self._sweeper.cancel()
+        await self._sweeper.close()
+        await self._learner.drain()
+        await self._usage.close()
 
     # ---- taking ------------------------------------------------------------------------------------------------------
 
@@ -318,14 +325,3 @@ class Guardian:
         status = "degraded" if isinstance(error, LedgerDown) else pending.admission.status
         admission, hop = self._finish(pending, pending.admission, amount=0, status=status, extra=extra or {})
         self._refusals.fail(pending.ask, error, (*pending.hops, hop), guardian_head(admission))
-
-    # ---- beside ------------------------------------------------------------------------------------------------------
-
-    async def _sweep(self) -> None:
-        """Expire leases of tenants to which no request comes (I3); every guardian does, so one suffices (faults 20)."""
-        while True:
-            await asyncio.sleep(SWEEP_S)
-            try:
-                await self._ctx.state.ledger.sweep(self._ctx.state.registry.tenants())
-            except StateUnavailable:
-                continue  # the next second asks again

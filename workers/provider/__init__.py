@@ -14,5 +14,6 @@ posting.py     the road of a settlement
 mux.py         frames back to the askers, credit windows
 control.py     cancel, credit, askers that fell silent
 gate.py        circuits: whether an endpoint may be called, the claim of a probe
+usage.py       what calls used, into the second copy: batches, and the road of what Redis did not take
 outcomes.py    how calls ended, for the breakers
 """

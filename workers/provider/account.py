@@ -125,6 +125,6 @@ class Account:
             self.held = answer.amount
         return answer
 
-    async def settle(self, paid: Charge) -> bool:
+    async def settle(self, paid: Charge, endpoint: str) -> bool:
         """Post what the newest call cost; see Posting."""
-        return await self._provider.posting.settle(self._message, self.call, paid, self.held)
+        return await self._provider.posting.settle(self._message, self.call, paid, self.held, endpoint)

@@ -13,6 +13,7 @@ from shared.core.overload import Queue, Shares
 from shared.core.translators import registry
 from shared.core.translators.base import Dialect
 from shared.service.killat import reach
+from shared.service.usage import UsageStream
 from shared.state.base import Clock, Principal, StateUnavailable
 from shared.state.behind import Behind
 from shared.wire import errors, subjects
@@ -24,8 +25,9 @@ from workers.provider.gate import Gate
 from workers.provider.mux import Channel, Mux
 from workers.provider.origin import Origin
 from workers.provider.outcomes import OutcomeLog
-from workers.provider.posting import Posting
+from workers.provider.posting import Counters, Posting
 from workers.provider.upstream import Pool
+from workers.provider.usage import UsageLog
 from workers.provider.walk import Walk
 
 if TYPE_CHECKING:
@@ -92,12 +94,15 @@ class Provider:
         self.mux = Mux(ctx.bus, self.name, ctx.instance, self.loop, ctx.settings.reply_mux_ms / 1000)
         self._control = Control(self.mux, ctx.rosters, self.loop, ctx.settings.client_stalled_ms / 1000)
         self.outcomes = OutcomeLog(ctx.bus, self.loop)
+        self._usage = UsageStream(ctx, update=False)
+        self._usage_log = UsageLog(self._usage, ctx.instance, ctx.state.clock, ctx.log)
         self._make_targets()
         self._metrics(ctx)
-        self.posting = Posting(self.ledger, self._behind, self.log, self._overruns)
+        self.posting = Posting(self.ledger, self.clock, self._usage_log, self._behind, self.log, self._counters)
         self.gate = Gate(ctx.state.circuits, ctx.state.clock, self.outcomes, ctx.log, self._probes)
         for encoding in {model.encoding for model in ctx.catalog.models.values()}:
             tokens.warm(encoding)
+        await self._usage.start()
         self._subscription = await ctx.bus.subscribe(subjects.worker(self.name, ctx.instance), self._on_call)
         self._sweep()
 
@@ -141,6 +146,8 @@ class Provider:
         for timer in self._timers:
             timer.cancel()
         await self._settle_late()
+        await self._usage_log.close()
+        await self._usage.close()
         for pool in self._pools():
             pool.close()
 
@@ -334,9 +341,23 @@ class Provider:
         self._results: dict[tuple[str, str], Any] = {}
         self._probes = metrics.counter("circuit_probes_total", "Claims and verdicts", ("endpoint", "result"))
         self._ignored = metrics.counter("provider_messages_ignored_total", "Messages that are no call, or lead nowhere")
-        self._overruns = metrics.counter("ledger_overruns_total", "Calls billed above their reservation")
+        self._counters = Counters(
+            metrics.counter("ledger_overruns_total", "Calls billed above their reservation"),
+            metrics.counter("provider_settlements_total", "Settlements by where they went first", ("road",)),
+        )
         behind = self._behind
-        waiting = metrics.gauge("provider_settlements_waiting", "Settlements Redis has not taken yet")
+        usage, log = self._usage, self._usage_log
+        for name, text, read in (
+            ("usage_batches_lost", "Usage batches that JetStream never took", lambda: log.lost),
+            ("spool_appended", "Settlements written to this process's spool", lambda: usage.spool.appended),
+            (
+                "settlements_untold",
+                "Settlements of which nobody can tell whether they were posted",
+                lambda: usage.unposted,
+            ),
+        ):
+            metrics.gauge(f"provider_{name}", text).set_function(read)
+        waiting = metrics.gauge("provider_settlements_waiting", "Settlements that are in this process's memory alone")
         waiting.set_function(lambda: float(behind.settles))
         given_up = metrics.gauge("provider_ledger_given_up", "Voids and settlements Redis never took")
         given_up.set_function(lambda: float(behind.given_up))
@@ -344,6 +365,7 @@ class Provider:
         metrics.held("channels", lambda: self.mux.open_channels)
         metrics.held("pairs of the provider", lambda: self.mux.pair_count)
         metrics.held("settlements behind", lambda: behind.under_way)
+        metrics.held("usage records", lambda: log.waiting)
         metrics.held("upstream connections", lambda: sum(pool.open_connections for pool in self._pools()))
         metrics.gauge("reply_frames_lost", "Frames that could not be published").set_function(
             lambda: float(self.mux.lost)

@@ -147,14 +147,14 @@ class Walk:
         translator = target.dialect.translator(message.ask, target.secrets)
         if self.cancelled:
             self._tell(None)
-            await self._account.settle(settlement.FREE)
+            await self._account.settle(settlement.FREE, target.step.endpoint)
             return None
         ended = await self._call_upstream(target, translator)
         now = provider.loop.time()
         self._began += time.perf_counter() - self._left_at
         self._tell(ended.outcome)
         paid = await self._charge(target, translator, ended)
-        settled = await self._account.settle(paid)
+        settled = await self._account.settle(paid, target.step.endpoint)
         if ended.error is None or ended.cut:
             self._finish(target, translator, ended, paid, settled)
             return None
@@ -181,7 +181,7 @@ class Walk:
             target = self._next_target()
             if target is not None and not await self._back_off(target.step):
                 target = None
-        await self._account.settle(settlement.FREE)
+        await self._account.settle(settlement.FREE, "")
         self._account.call -= 1  # for X-BR-Calls: it was not made
         if not self.cancelled:
             self._fail(self._error or gate.refusal(self._message.plan.steps).body())

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from deploy.simulator.server import application
 from deploy.simulator.wanted import Defaults
 from shared import catalog, settings
 from shared.bus.memory import Broker, MemoryBus
+from shared.bus.memory_jetstream import MemoryJetStream
 from shared.bus.roster import Roster
 from shared.bus.sender import Sender
 from shared.service import Context
@@ -49,6 +51,7 @@ from shared.wire.messages import (
     decode_outcomes,
     encode,
 )
+from shared.wire.records import UsageBatch, UsageRecord, decode_stored
 from workers.provider.call import Provider
 
 SECRETS = {"GATEWAY_API_KEY": "g" * 32, "KEY_PEPPER": "p" * 32, "ADMIN_API_KEY": "a" * 32}
@@ -169,6 +172,7 @@ class Rig:
         self.provider = provider
         self.broker = broker
         self.simulator = simulator
+        self.jetstream = MemoryJetStream(broker)
         self.outside = broker.client("outside")
         self.asker = Asker(self.outside, ctx.instance)
         self.outcomes: list[Outcome] = []
@@ -209,6 +213,17 @@ class Rig:
         url = f"{self.simulator}/_sim/{path}"
         async with self.http.request(verb, url, params=params if verb == "GET" else None, json=params or None) as found:
             return await found.json(content_type=None)
+
+    # ---- the second copy
+
+    def published(self) -> list[UsageRecord]:
+        """Every usage record in the stream."""
+        found: list[UsageRecord] = []
+        for message in self.jetstream.streams[subjects.USAGE_STREAM].messages.values():
+            stored = decode_stored(message.payload)
+            assert isinstance(stored, UsageBatch)
+            found += stored.records
+        return found
 
     # ---- requests
 
@@ -310,7 +325,8 @@ def catalogue(url: str, other: str = "") -> catalog.Catalog:
 @contextlib.asynccontextmanager
 async def running(valkey_url: str, *, other: str = "", drain: bool = True, **env: str) -> AsyncIterator[Rig]:
     """A started provider; drained at the end, with nothing left open."""
-    config = settings.load({**SECRETS, **LINEAR, "REDIS_URL": valkey_url, **env})
+    spool = tempfile.TemporaryDirectory(prefix="hotpath-spool-")
+    config = settings.load({**SECRETS, **LINEAR, "REDIS_URL": valkey_url, "SPOOL_DIR": spool.name, **env})
     state = await State.connect(config)
     broker = Broker()
     rosters = {name: Roster(name) for name in ("ingress", "loadgen")}
@@ -333,3 +349,4 @@ async def running(valkey_url: str, *, other: str = "", drain: bool = True, **env
                 assert rig.provider.mux.open_channels == 0
             await rig.http.close()
             await state.close()
+            spool.cleanup()

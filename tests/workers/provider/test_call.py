@@ -11,7 +11,7 @@ import pytest
 from msgspec.structs import replace
 
 from shared.core.stream import WINDOW
-from shared.state.base import Dispatched, Settled, StateUnavailable
+from shared.state.base import Dispatched, StateUnavailable
 from shared.wire import headers
 from shared.wire.errors import LedgerDown
 from shared.wire.messages import VERSION, Accepted, Admission, Call, Delta, Plan, Price, Refused, Step
@@ -521,26 +521,6 @@ async def test_a_top_up_in_doubt_makes_no_further_call(valkey_url: str, monkeypa
         assert await rig.bill(request.rid) == []
 
 
-async def test_a_settlement_that_redis_does_not_take_is_said_and_made_later(
-    valkey_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with running(valkey_url) as rig:
-        ledger, real = rig.ctx.state.ledger, rig.ctx.state.ledger.settle
-        failing = [True]
-
-        async def settle(**fields: Any) -> Settled:
-            if failing.pop() if failing else False:
-                raise StateUnavailable("away")
-            return await real(**fields)
-
-        monkeypatch.setattr(ledger, "settle", settle)
-        request = await rig.send("[[sim chunks=3]]")
-        answer = await rig.answer(request)
-        assert answer.end.summary.settled is False
-        [entry], [line] = await rig.settled(request.rid), await rig.bill(request.rid)
-        assert (entry.cost, entry.estimated) == (line["cost_nano_usd"], False)
-
-
 async def test_what_could_not_be_billed_is_not_called(valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bound of what waits for Redis: an unreserved call whose settlement would not fit is refused, a reserved one
     (its entry keeps the amount) is not. Nor does anything run here before Redis was reached once (S1-M6a)."""
@@ -777,27 +757,6 @@ async def test_drain_ends_what_takes_too_long_with_an_error(valkey_url: str) -> 
             assert (await rig.answer(request)).failed.error.code == "shutting_down"
             [line], [entry] = await rig.bill(request.rid), await rig.settled(request.rid)
             assert entry.cost >= line["cost_nano_usd"]
-
-
-async def test_drain_waits_for_money_that_redis_does_not_take_yet(
-    valkey_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """S1-H5d: a settlement is tried to its end before the process goes."""
-    async with running(valkey_url) as rig:
-        ledger, real, failing = rig.ctx.state.ledger, rig.ctx.state.ledger.settle, [True, True]
-
-        async def settle(**fields: Any) -> Settled:
-            if failing:
-                failing.pop()
-                raise StateUnavailable("away")
-            return await real(**fields)
-
-        monkeypatch.setattr(ledger, "settle", settle)
-        request = await rig.send("[[sim chunks=3]]")
-        assert (await rig.answer(request)).end.summary.settled is False
-        await rig.provider.drain()
-        [entry], [line] = await rig.entries(request.rid), await rig.bill(request.rid)
-        assert (entry.state, entry.cost) == ("settled", line["cost_nano_usd"])
 
 
 async def test_drain_serves_what_came_with_a_key_it_looks_up(valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,7 +97,7 @@ async def test_more_is_reserved_as_it_streams(valkey_url: str) -> None:
         assert 3 <= len(asked) <= 4
         assert asked == sorted(asked)
         assert (entry.amount, entry.cost <= entry.amount) == (asked[-1], True)
-        assert rig.provider._overruns._value.get() == 0
+        assert rig.provider._counters.overruns._value.get() == 0
 
 
 async def test_within_its_reservation_nothing_is_asked(valkey_url: str) -> None:
@@ -113,7 +113,7 @@ async def test_within_its_reservation_nothing_is_asked(valkey_url: str) -> None:
         [entry] = await rig.entries(whole.rid)
         assert entry.cost > entry.amount == SIXTY
         assert asked == []
-        assert rig.provider._overruns._value.get() == 1
+        assert rig.provider._counters.overruns._value.get() == 1
 
 
 # ---- denied ----------------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ async def test_without_an_answer_others_go_on(valkey_url: str) -> None:
         [line] = await rig.bill(request.rid)
         [entry] = await rig.entries(request.rid)
         assert (entry.cost, entry.estimated) == (line["cost_nano_usd"], False)
-        assert rig.provider._overruns._value.get() == 1
+        assert rig.provider._counters.overruns._value.get() == 1
 
 
 async def test_a_client_that_leaves_while_the_ledger_is_asked(valkey_url: str) -> None:
