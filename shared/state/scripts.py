@@ -1,6 +1,7 @@
 """The Lua scripts: loaded from lua/ once, run by digest, loaded again into a server that forgot them (NOSCRIPT)."""
 
 import hashlib
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -26,6 +27,9 @@ _PARTS: Final = {
     "expire": ("_sweep",),
 }
 
+#: A line of Lua that names numbers: local NUMBER, COST = 1, 4
+_NAMED: Final = re.compile(r"^local ([A-Z_]+(?:, [A-Z_]+)*) = (-?[\d.e-]+(?:, -?[\d.e-]+)*)(?= --|$)", re.MULTILINE)
+
 
 class Script(Struct, frozen=True):
     """One script: its whole text and the digest Redis knows it by."""
@@ -40,8 +44,24 @@ def load(name: str, *prelude: str) -> Script:
     """lua/<name>.lua, with the fragments lua/<prelude>.lua between its shebang and its body."""
     shebang, _, body = (_FOLDER / f"{name}.lua").read_text("utf-8").partition("\n")
     shared = [(_FOLDER / f"{part}.lua").read_text("utf-8") for part in prelude]
-    text = "\n".join([shebang, *shared, body]).encode()
+    text = _written_out("\n".join([shebang, *shared, body])).encode()
     return Script(name, text, digest(text))
+
+
+def _written_out(text: str) -> str:
+    """The script with its named numbers in place of their names, outside strings.
+
+    Each local of the script that a function refers to is an object of its own in every run: 2 us with all the places of
+    an entry, in a script of 16 (measured: five percent of reserve + dispatch + settle).
+    """
+    numbers: dict[str, str] = {}
+    for line in _NAMED.finditer(text):
+        numbers.update(zip(line[1].split(", "), line[2].split(", "), strict=True))
+    if not numbers:
+        return text
+    text = _NAMED.sub("", text)
+    word = re.compile(rf"'[^'\n]*'|\b(?:{'|'.join(numbers)})\b")
+    return word.sub(lambda found: numbers.get(found[0], found[0]), text)
 
 
 def ledger_script(name: str) -> Script:

@@ -131,6 +131,17 @@ def test_a_script_s_text_is_shebang_prelude_body() -> None:
     assert script is scripts.ledger_script("settle")
 
 
+def test_named_numbers_are_written_out() -> None:
+    """Outside strings, and every one of them: a name that is left would be nil."""
+    text = "#!lua\nlocal KEY, DUE = 7, 8 -- places\nlocal BLUR = 1e-6\nreturn {KEYS[1], entry[KEY], 'KEY', DUE, BLUR}\n"
+    assert scripts._written_out(text).splitlines() == [
+        "#!lua", " -- places", "", "return {KEYS[1], entry[7], 'KEY', 8, 1e-6}"
+    ]  # fmt: skip
+    for name in ("reserve", "dispatch", "topup", "extend", "settle", "void", "expire", "correct", "restore", "limit"):
+        code = re.sub(rb"--[^\n]*|'[^'\n]*'", b"", scripts.ledger_script(name).text)
+        assert set(re.findall(rb"\b[A-Z][A-Z_]+\b", code)) <= {b"KEYS", b"ARGV", b"PERIODS"}
+
+
 def test_keys_of_one_script_share_a_slot_and_buckets_are_dates() -> None:
     assert {re.findall(rb"\{(.*?)\}", key)[0] for key in (*keys.ledger("t1"), keys.config("t1"))} == {b"t1"}
     assert keys.bucket("day", 1_795_226_400_000) == "2026-11-21"
