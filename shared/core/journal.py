@@ -172,7 +172,7 @@ class Replay:
                 continue
             user, bucket = found[1] == "u", found[2]
             oldest = (user_day if user else day) if len(bucket) == _DAY else (user_month if user else month)
-            if bucket < oldest:
+            if bucket < oldest and self.balances[name][1:] == [0, 0]:  # as expire.lua: what holds something stays
                 del self.balances[name]
 
     def _snap(self, line: Line, wrong: list[tuple[str, str]]) -> None:

@@ -322,7 +322,7 @@ class Model:
         swept = self.sweep()
         if self.pruned_on != self.today:
             self.pruned_on = self.today
-            self.pruned |= {where for where in self.fields() if self._old(*where)}
+            self.pruned |= {where for where in self.fields() if self._old(*where) and self.balance(where)[1:] == (0, 0)}
         return swept
 
     def _old(self, level: str, bucket: str) -> bool:

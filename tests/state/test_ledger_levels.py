@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 import pytest
 from msgspec import structs
 
+from shared.core.journal import Replay
 from shared.state import keys
 from shared.state.base import Extended, Rates, Reserved, StateUnavailable
 from shared.state.books import MAX_USERS
@@ -230,6 +231,24 @@ async def test_buckets_of_users_go_first(state: State, clock: virtual.VirtualClo
     assert first.more == ("2027-02-01", "2025-04", "2027-04-01", "2027-04")
     lifetime = (await money.levels(f"u:{USER}"))["lifetime"]
     assert lifetime.settled == 60
+
+
+async def test_a_bucket_that_holds_something_is_not_dropped(state: State, clock: virtual.VirtualClock) -> None:
+    """Nobody swept for five days: the call becomes unconfirmed only then, and is posted where it was held."""
+    money = Money(state, clock.tenant, virtual.ledger(state, clock))
+    await money.limit("day", 1000, f"u:{USER}")
+    rid = new_rid()
+    await money.reserve(rid, user=USER)
+    await money.dispatch(rid)
+    field = keys.balance_field(f"u:{USER}", "2027-03-31")
+    for days, balance in ((5, b"0 0 100"), (6, None)):
+        await clock.set(NOON + days * DAY)
+        await money.expire()
+        assert await money.raw("HGET", keys.balances(money.tenant), field) == balance
+    replay = Replay()
+    assert not [wrong for line in await money.journal() for wrong in replay.feed(line)]
+    assert not replay.differences(await money.ledger.levels(tenant=money.tenant))
+    assert (await money.levels(f"u:{USER}"))["lifetime"].settled == 100
 
 
 async def test_midnight_during_a_request(state: State, clock: virtual.VirtualClock) -> None:

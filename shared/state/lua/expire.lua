@@ -21,16 +21,16 @@ if redis.call('HGET', balances, 'pruned') ~= stamp then
   local year, month = civil(today)
   local index = year * 12 + month - 1 - keep_months
   month = string.format('%04d-%02d', math.floor(index / 12), index % 12 + 1)
-  local old, names = {}, redis.call('HKEYS', balances)
-  for _, name in ipairs(names) do
-    local level, bucket = string.match(name, '^([tku]).*:([%d-]+)$')
-    if bucket and bucket < (#bucket == 10 and (level == 'u' and user_day or day) or level == 'u' and user_month or month) then
-      old[#old + 1] = name
-    end
+  local old, fields = {}, redis.call('HGETALL', balances)
+  for i = 1, #fields, 2 do
+    local level, bucket = string.match(fields[i], '^([tku]).*:([%d-]+)$')
+    local oldest = bucket and (#bucket == 10 and (level == 'u' and user_day or day) or level == 'u' and user_month or month)
+    -- one that still holds something stays: nobody swept for days
+    if bucket and bucket < oldest and string.find(fields[i + 1], ' 0 0$') then old[#old + 1] = fields[i] end
   end
   for i = 1, #old, 1000 do redis.call('HDEL', balances, unpack(old, i, math.min(i + 999, #old))) end
   if #old > 0 then line('prune', '', nobody, 0, 0, 0, 0, day, month, user_day, user_month) end
-  if #names > 0 then redis.call('HSET', balances, 'pruned', stamp) end
+  if #fields > 0 then redis.call('HSET', balances, 'pruned', stamp) end
 end
 
 local length = redis.call('XLEN', journal)
