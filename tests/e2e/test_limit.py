@@ -70,6 +70,8 @@ async def test_exactly_so_many(
     limit = fit * amount + left
 
     made = await asyncio.to_thread(tenant, "--limit-usd", usd(limit), "--period", "day")
+    await asyncio.to_thread(up.cli, "tenant", "set", made["tenant"], "--no-clamp")
+    await asyncio.sleep(1.0)  # every process knows it then
     await asyncio.to_thread(sim.reset)
     seen = await crowd(Client(http, up.url, made["key"]), sim, body)
 
