@@ -209,6 +209,16 @@ async def test_a_user_with_a_limit(rig):
     await rig.role._behind.drain(0.05)
 
 
+async def test_a_user_without_a_limit_never_gets_a_level(rig):
+    """Issue 4: at most 10,000 users a tenant: a void of what was never reserved, settled after all, makes none."""
+    some, ledger, user = await owner(rig), rig.ctx.state.ledger, "2" * 16
+    await some.forwarded(user=user)
+    gone = some.ask(user=user)
+    await ledger.void(tenant=some.tenant, rid=gone.rid, delivery=1, key=some.key, user=user)
+    assert (await ledger.settle(tenant=some.tenant, rid=gone.rid, call=1, cost=7)).status == "late"
+    assert not [name for name in await ledger.levels(tenant=some.tenant) if name.startswith("u:")]
+
+
 # ---- rate limits -----------------------------------------------------------------------------------------------------
 
 

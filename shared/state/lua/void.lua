@@ -9,7 +9,12 @@
 -- Returns {'voided'} | {'kept'} (a later delivery reserved, or one dispatched)
 local delivery, instance, lowest = tonumber(ARGV[5]), ARGV[6], tonumber(ARGV[7])
 
-local entry = load() or {'V', 0, 0, 0, today, 0, ARGV[8], ARGV[9], -1}
+local entry = load()
+if not entry then -- should it be settled after all, its user is charged only where that has a limit, as by a reserve
+  local user = ARGV[9]
+  if user ~= '' and redis.call('HEXISTS', balances, 'u:' .. user .. ':limit') == 0 then user = '' end
+  entry = {'V', 0, 0, 0, today, 0, ARGV[8], user, -1}
+end
 local last = newest(entry)
 if last then
   local mine = last[INSTANCE] == instance and last[HOLDER_DELIVERY] == delivery
