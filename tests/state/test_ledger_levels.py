@@ -128,6 +128,25 @@ async def test_a_damaged_limit_of_any_level_is_an_error(money: Money, level: str
     assert await money.entries() == []
 
 
+async def test_a_damaged_limit_does_not_doubt_a_call_twice(money: Money) -> None:
+    """D2: a call whose holder is lost is unconfirmed, once, though the next one cannot be opened."""
+    rid, other = new_rid(), new_rid()
+    for each in (rid, other):
+        await money.reserve(each)
+        await money.dispatch(each)
+    await money.raw("HSET", keys.balances(money.tenant), keys.limit_field(), "- 1e3 -")
+    for _ in range(2):
+        with pytest.raises(StateUnavailable, match="NOTINTEGER"):
+            await money.dispatch(rid, 2, "B", lost="A")
+    with pytest.raises(StateUnavailable, match="NOTINTEGER"):
+        await money.topup(other, 2)
+    assert await money.calls(rid) == await money.calls(other) == [(1, "unconfirmed")]
+    await money.raw("HDEL", keys.balances(money.tenant), keys.limit_field())
+    assert await money.held() == (0, 0, 200)
+    assert (await money.dispatch(rid, 2, "B", lost="A")).status == "won"
+    assert await money.held() == (0, 100, 200)
+
+
 # ---- clamping, mid-stream, corrections -------------------------------------------------------------------------------
 
 

@@ -31,7 +31,10 @@ if lost == '' or last[INSTANCE] ~= lost or lost == instance then
   return {opened and 'refused' or 'closed', last[INSTANCE], last[HOLDER_DELIVERY]}
 end
 
-if opened then doubt(rid, entry, last) end
+if opened then
+  doubt(rid, entry, last)
+  save(rid, entry, true) -- before a limit that is damaged stops the rest: the call would be doubted twice
+end
 local answer = open(entry, last[NUMBER] + 1, amount, instance, delivery, max_calls)
-if opened or answer[1] == 'won' then save(rid, entry, true) end
+if answer[1] == 'won' then save(rid, entry, true) end
 return answer

@@ -26,7 +26,10 @@ if last[NUMBER] ~= number - 1 or not (opened or last[CALL_STATE] == 'S') then
   return {'closed', last[INSTANCE], last[HOLDER_DELIVERY]} -- declared lost, lapsed, or already settled
 end
 
-if opened then doubt(rid, entry, last) end
+if opened then
+  doubt(rid, entry, last)
+  save(rid, entry, true) -- before a limit that is damaged stops the rest: the call would be doubted twice
+end
 local answer = open(entry, number, amount, instance, delivery, max_calls)
-if opened or answer[1] == 'won' then save(rid, entry, true) end
+if answer[1] == 'won' then save(rid, entry, true) end
 return answer

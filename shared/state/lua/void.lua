@@ -19,9 +19,9 @@ local last = newest(entry)
 if last then
   local mine = last[INSTANCE] == instance and last[HOLDER_DELIVERY] == delivery
   if instance == '' or not mine or last[CALL_STATE] ~= 'D' or last[NUMBER] < lowest then return {'kept'} end
-  give_back(entry, 0)
   move(entry, 0, -last[CALL_AMOUNT], 0)
   line('void', rid, entry, last[NUMBER], 0, -last[CALL_AMOUNT], 0)
+  give_back(entry, 0)
   last[CALL_STATE] = 'S'
   save(rid, entry, true)
   return {'voided'}
@@ -29,9 +29,9 @@ end
 
 if delivery < entry[DELIVERY] then return {'kept'} end
 if entry[STATE] == 'R' then
-  give_back(entry, 0)
   move(entry, 0, -entry[AMOUNT], 0)
   line('void', rid, entry, 0, 0, -entry[AMOUNT], 0)
+  give_back(entry, 0)
 end
 entry[STATE], entry[VOIDED] = 'V', math.max(entry[VOIDED], delivery)
 save(rid, entry, true)
