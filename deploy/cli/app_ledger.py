@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from deploy.cli import admin, show, verify
+from deploy.cli import rebuild as rebuilding
 from deploy.cli import reconcile as reconciling
 from deploy.cli.act import Data, Json, act
 from deploy.cli.where import Where
@@ -35,6 +36,23 @@ def ledger_verify(
     """Whether journal, balances, entries, leases and the second copy agree; exit code 1 when they do not."""
     found = act(data, json_out, lambda w: verify.verify(w, tenant), verify.text)
     if not found["right"]:
+        raise typer.Exit(1)
+
+
+@ledger.command("rebuild")
+def ledger_rebuild(
+    tenant: Annotated[str, typer.Argument(help="Only this tenant (its id, where the registry is lost).")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Change nothing.")] = False,
+    json_out: Json = False,
+    data: Data = "",
+) -> None:
+    """Give Redis back what it lost, from journal and second copy; exit code 1 when verify is not content then."""
+
+    def told(found: dict[str, Any]) -> str:
+        return rebuilding.text(found) + ("\n" + verify.text(found["verify"]) if found["verify"] else "")
+
+    found = act(data, json_out, lambda w: rebuilding.rebuild(w, tenant, dry_run=dry_run), told)
+    if found["verify"] and not found["verify"]["right"]:
         raise typer.Exit(1)
 
 

@@ -73,6 +73,7 @@ class Replay:
         self.first = ""  # id of the first line
         self.last = ""  # and of the newest
         self.whole = True  # it began empty: every call is known from its beginning
+        self.restored = ""  # id of the lost journal's line whose balances were added again (lua/merge.lua)
         self._requests: dict[str, _Request] = {}
 
     # ---- what it knows -----------------------------------------------------------------------------------------------
@@ -135,6 +136,8 @@ class Replay:
             self._prune(*line.more)
         elif line.op == "limit":
             self._limit(*line.more)
+        elif line.op == "restore":
+            self._restore(*line.more)
         else:
             self._move(line, wrong)  # the money moved, whatever is to be said about the call
             self._follow(line, wrong)
@@ -184,6 +187,15 @@ class Replay:
         else:
             wrong += [("snap", each) for each in self.differences(fields)]
         self.balances, self.limits = read_snapshot(fields)
+
+    def _restore(self, snapshot: str, flat: list[str]) -> None:
+        """Balances of a journal that was lost: calls from before are not known any more."""
+        self.restored, self.whole = snapshot, False
+        balances, limits = read_snapshot(dict(zip(flat[::2], flat[1::2], strict=True)))
+        for name, sums in balances.items():
+            self.balances.setdefault(name, [0, 0, 0])[0] += sums[0]
+        for level, three in limits.items():
+            self.limits.setdefault(level, three)
 
     def _follow(self, line: Line, wrong: list[tuple[str, str]]) -> None:
         request = self._requests.get(line.rid)

@@ -19,6 +19,7 @@ line (tenant, key, user) in its day, its month and the lifetime:
     post                 -held       +held     [held, 1]                not confirmed in time: posted at its bound
     limit                                      [level, period, limit or -1]
     prune                                      [day, month, user's day, user's month]: older buckets were dropped
+    restore                                    [snapshot, [field, value, ...]]: lost balances were added (rebuild)
     snap                                       [[field, value, ...]]: all balances; a trimmed journal begins with one
 
 A call holds its amount while it is reserved or dispatched (pending) or unconfirmed, and has its cost posted once it is
@@ -182,3 +183,14 @@ def _assumed(line: Line) -> Call:
         case _:
             before = Call(waiting, -line.pending)
     return before
+
+
+def milliseconds(line: str) -> int:
+    """The server ms of a line's id."""
+    return int(line.partition("-")[0])
+
+
+def position(line: str) -> tuple[int, int]:
+    """A line's id as numbers, which are in the order of the journal; "" is before all."""
+    at, _, number = line.partition("-")
+    return int(at or 0), int(number or 0)

@@ -7,8 +7,7 @@ from msgspec import Struct
 
 from shared.core.journal import Replay
 from shared.core.reconcile import Known
-from shared.core.transitions import HOLDING, Call
-from shared.state.audit import milliseconds
+from shared.core.transitions import HOLDING, Call, milliseconds
 from shared.state.books import Books, Entry
 
 _DAY_MS: Final = 86_400_000

@@ -11,11 +11,13 @@ from typing import Final
 from msgspec import Struct, field
 
 from shared.core.journal import Replay, Violation, fields_of
-from shared.core.transitions import HOLDING, POSTING, Line
+from shared.core.transitions import HOLDING, POSTING, Line, milliseconds, position
 from shared.state.books import Books, Entry, Look
 
 #: I3: how long after its end a lease may still stand.
 OVERDUE_MS: Final = 5000
+#: A record is published within 100 ms of its settlement, and a slow NATS may take longer.
+COPIED_WITHIN_MS: Final = 5000
 #: Of each kind so many are told; the rest is counted.
 TOLD: Final = 100
 _AT_ONCE: Final = 1000
@@ -74,9 +76,11 @@ _SWEEP: Final = "is a guardian running? it sweeps each second"
 _FAULT: Final = "a fault in Hotpath: please report it with what `hotpath ledger show` says of this request"
 
 
-async def audit(books: Books, tenant: str, copy: dict[tuple[str, int], Copied] | None = None, since: int = 0) -> Audit:
-    """Compare everything. `copy`: the second copy's settlements of the tenant, whole for lines from `since` (server ms)
-    on. Raises StateUnavailable."""
+async def audit(
+    books: Books, tenant: str, copy: dict[tuple[str, int], Copied] | None = None, whole: tuple[int, int] = (0, 0)
+) -> Audit:
+    """Compare everything. `copy`: the second copy's settlements of the tenant, `whole` for lines from, to (server ms).
+    Raises StateUnavailable."""
     found, replay = Audit(tenant), Replay()
     reader = _Reader(found, replay, copy or {})
     while lines := await books.journal(tenant=tenant, after=replay.last):
@@ -93,7 +97,7 @@ async def audit(books: Books, tenant: str, copy: dict[tuple[str, int], Copied] |
         for rid in await books.unleased(tenant=tenant, rids=holding[first : first + _AT_ONCE]):
             tell(found, "lease", f"request {rid} holds money and has no lease", _FAULT)
     if copy is not None:
-        reader.compare_copy(since, look.now)
+        reader.compare_copy(*whole)
     return found
 
 
@@ -127,7 +131,7 @@ class _Reader:
         self._found = found
         self.replay = replay
         self._copy = copy
-        self._posted: list[tuple[int, str, int]] = []  # ms, rid, call of postings the copy does not have
+        self._posted: list[int] = []  # server ms of postings that the copy does not have
 
     def feed(self, lines: Iterable[Line]) -> None:
         for line in lines:
@@ -144,7 +148,7 @@ class _Reader:
     def _hold_against_copy(self, line: Line) -> None:
         copied = self._copy.get((line.rid, line.call))
         if copied is None:
-            self._posted.append((milliseconds(line.id), line.rid, line.call))
+            self._posted.append(milliseconds(line.id))
             return
         copied.found = True
         # of another line: it was posted later, or reconcile was there before
@@ -158,10 +162,9 @@ class _Reader:
                 "reconcile with the provider's bill: hotpath reconcile --bill FILE",
             )  # fmt: skip
 
-    def compare_copy(self, since: int, now: int) -> None:
+    def compare_copy(self, since: int, until: int) -> None:
         """Postings that the copy lacks are counted; settlements that the journal lacks were lost by Redis."""
-        fresh = now - COPIED_WITHIN_MS
-        self._found.missing = sum(since <= at < fresh for at, _, _ in self._posted)
+        self._found.missing = sum(since <= at < until - COPIED_WITHIN_MS for at in self._posted)
         for (rid, call), copied in self._copy.items():
             if not copied.found and copied.line and self._lost(copied.line):
                 text = f"call {rid}.{call}: its settlement at {copied.cost} nano-USD is in the second copy alone"
@@ -169,23 +172,9 @@ class _Reader:
 
     def _lost(self, line: str) -> bool:
         """Whether a line should be in the journal, and is not: it is no older than what is kept."""
-        replay = self.replay
-        return replay.whole or order(line) > order(replay.first)
-
-
-#: A record is published within 100 ms of its settlement, and a slow NATS may take longer.
-COPIED_WITHIN_MS: Final = 5000
-
-
-def milliseconds(line: str) -> int:
-    """The server ms of a line's id."""
-    return int(line.partition("-")[0])
-
-
-def order(line: str) -> tuple[int, int]:
-    """A line's id as numbers, which are in the order of the journal."""
-    at, _, number = line.partition("-")
-    return int(at), int(number or 0)
+        if self.replay.restored:  # what it held until then was added in one sum
+            return position(line) > position(self.replay.restored)
+        return self.replay.whole or position(line) > position(self.replay.first)
 
 
 def _compare(found: Audit, replay: Replay, look: Look, held: dict[str, list[Entry]]) -> None:

@@ -144,7 +144,7 @@ async def search(ledger: RedisLedger, tenant: str, records: Iterable[UsageRecord
     wanted: Mapping[Call, UsageRecord] = {_call(record): record for record in records}
     oldest = await ledger.journal(tenant=tenant, count=1)
     # it is only ever cut before a snapshot; one that begins otherwise was never cut
-    found = Found({}, {}, _ms(oldest[0]) if oldest and oldest[0].op == "snap" else 0)
+    found = Found({}, {}, _ms(oldest[0]) if oldest and oldest[0].op in {"snap", "restore"} else 0)
     after = str(max(0, min(record.at for record in wanted.values()) - SLACK_MS))
     while lines := await ledger.journal(tenant=tenant, after=after, count=PAGE):
         after = lines[-1].id

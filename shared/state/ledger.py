@@ -21,7 +21,7 @@ from shared.state.base import (
     Settled,
     StateUnavailable,
 )
-from shared.state.books import MAX_AMOUNT, POST_TIMEOUT, Books, Entry, check_amount
+from shared.state.books import MAX_AMOUNT, POST_TIMEOUT, READ_TIMEOUT, Books, Entry, check_amount
 from shared.state.pipeline import Pipeline
 from shared.state.scripts import Scripts, ledger_script
 
@@ -50,9 +50,9 @@ LOOK_AGAIN_MS: Final = 3000
 #: Keys of so many tenants stay composed.
 _KEYS_KEPT: Final = 4096
 
-_NAMES: Final = ("reserve", "dispatch", "topup", "extend", "settle", "void", "expire", "correct", "restore")
+_NAMES: Final = ("reserve", "dispatch", "topup", "extend", "settle", "void", "expire", "correct", "restore", "merge")
 SCRIPTS: Final = {name: ledger_script(name) for name in _NAMES}
-_RESERVE, _DISPATCH, _TOPUP, _EXTEND, _SETTLE, _VOID, _EXPIRE, _CORRECT, _RESTORE = SCRIPTS.values()
+_RESERVE, _DISPATCH, _TOPUP, _EXTEND, _SETTLE, _VOID, _EXPIRE, _CORRECT, _RESTORE, _MERGE = SCRIPTS.values()
 _UNRATED: Final = (b"", 0, 0, 0, 0)
 
 
@@ -255,7 +255,15 @@ class RedisLedger(Books):
         `last`: replay again). Raises StateUnavailable."""
         flat = [part.encode() for pair in fields.items() for part in pair]
         args = (b"", *self._spans, last.encode(), *flat)
-        reply = await self._run(_RESTORE, self._ledger_keys(tenant), args, POST_TIMEOUT)
+        reply = await self._run(_RESTORE, self._ledger_keys(tenant), args, READ_TIMEOUT)
+        return cast("str", reply[0].decode())
+
+    async def merge(self, *, tenant: str, fields: dict[str, str], snapshot: str, last: str) -> str:
+        """Add a snapshot of before everything was lost: "merged", "moved" (the journal's newest line is not `last`),
+        "lost" (the balances alone are gone: `restore` them first). Raises StateUnavailable."""
+        flat = [part.encode() for pair in fields.items() for part in pair]
+        args = (b"", *self._spans, last.encode(), snapshot.encode(), *flat)
+        reply = await self._run(_MERGE, self._ledger_keys(tenant), args, READ_TIMEOUT)
         return cast("str", reply[0].decode())
 
     async def sweep(self, tenants: Iterable[str], dice: Callable[[], float] = random.random) -> Swept:

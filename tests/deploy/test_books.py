@@ -95,3 +95,13 @@ def test_reconcile(up: Up, spent: dict[str, Any], tmp_path: Path) -> None:
     done = up.cli_run("reconcile", "--bill", str(file))
     assert (done.returncode, "line 1: not a JSON object" in done.stderr) == (1, True)
     assert "No such file" in up.cli_run("reconcile", "--bill", str(tmp_path / "none")).stderr
+
+
+def test_rebuild(up: Up, spent: dict[str, Any]) -> None:
+    """Of a Hotpath that lost nothing."""
+    found = up.cli("ledger", "rebuild", "deploy-books", "--dry-run")
+    (row,) = found["tenants"]
+    assert (row["settlements"], row["snapshot"], row["balances"]) == (0, "", False)
+    said = up.cli_run("ledger", "rebuild", "deploy-books")
+    assert said.returncode == 0, said.stdout
+    assert said.stdout.startswith("deploy-books: nothing is lost\ndeploy-books: right; ")

@@ -10,8 +10,8 @@ from shared.state.audit import TOLD, Audit, Copied, audit
 from tests.state.rig import HOUR, KEY, MINUTE, Money, new_rid
 
 
-async def check(money: Money, copy: dict[tuple[str, int], Copied] | None = None, since: int = 0) -> Audit:
-    return await audit(money.state.ledger, money.tenant, copy, since)
+async def check(money: Money, copy: dict[tuple[str, int], Copied] | None = None) -> Audit:
+    return await audit(money.state.ledger, money.tenant, copy)
 
 
 def kinds(found: Audit) -> set[str]:
