@@ -11,11 +11,11 @@ from msgspec import Struct, field
 from shared.bus.base import BusUnavailable
 from shared.bus.jetstream import JetStream, inboxes
 from shared.bus.nats import NatsBus
-from shared.bus.stored import StreamPlan, StreamUnavailable
+from shared.bus.stored import StreamUnavailable
 from shared.core.transitions import position
+from shared.service.usage import plan
 from shared.settings import Settings
 from shared.state.audit import Copied
-from shared.wire import subjects
 from shared.wire.messages import VERSION
 from shared.wire.records import BalanceSnapshot, Stored, UsageBatch, UsageRecord, decode_stored
 
@@ -70,11 +70,7 @@ async def opened(settings: Settings) -> AsyncIterator[Copy]:
             f"NATS does not answer ({error}); set NATS_URL, or name the directory: --data DIR"
         ) from error
     try:
-        plan = StreamPlan(
-            name=subjects.USAGE_STREAM, subject=subjects.USAGE, max_age_ms=settings.usage_retention_ms,
-            max_bytes=settings.usage_max_bytes, replicas=settings.usage_replicas,
-        )  # fmt: skip
-        stream = JetStream(bus, plan, answers, update=False)
+        stream = JetStream(bus, plan(settings), answers, update=False)
         await stream.start()
         try:
             yield Copy(stream, pulls, name)

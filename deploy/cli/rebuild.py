@@ -51,6 +51,7 @@ class _Books(Struct):
     since: tuple[int, int]  # the line from which on the journal knows
     result: Rebuilt
     settled: set[bytes] = field(default_factory=set)
+    bare: bool = False  # nothing is left to begin from
     trusted: bool = True  # the balances are what the journal adds up to
 
     def close(self) -> None:
@@ -140,9 +141,9 @@ async def _begin(state: State, tenant: str, snapshot: Snapshot | None, *, dry_ru
             await _until_still(state, tenant, merge)
             books = await _read(state, tenant, result)
         books.since = position(snapshot.line)
-    elif snapshot is None and not books.replay.lines:
-        result.notes.append("no snapshot is left: only what was settled lately can be given back, and no limit")
+    bare = snapshot is None and not books.replay.lines
     books.close()
+    books.bare = bare
     if not books.trusted:  # lines were lost whose money is in the balances: it would be posted twice
         result.notes.append("journal and balances differ, so nothing is posted: hotpath reconcile --bill FILE")
     return books
@@ -214,6 +215,9 @@ async def _post(state: State, books: _Books, record: UsageRecord, *, dry_run: bo
         )  # fmt: skip
         if not done.line:
             return
+    if books.bare:
+        books.bare = False
+        result.notes.append("no snapshot is left: only what was settled lately is given back, and no limit")
     books.settled.add(_call(record.rid, record.call))
     result.settlements += 1
     result.amount += record.cost

@@ -134,14 +134,18 @@ class RedisLedger(Books):
         unconfirmed_ms: int,
         journal_lines: int,
         snapshot_ms: int,
+        renew_ms: int,
         announce: Callable[[str], Awaitable[None]] | None = None,
     ) -> None:
-        """`journal_lines`: a snapshot is written when so many lines came; see `Books` for the rest."""
+        """`journal_lines`: a snapshot is written when so many lines came; `renew_ms`: and after this when none did; see
+        `Books` for the rest."""
         spans = (b"%d" % lease_grace_ms, b"%d" % tombstone_ms, b"%d" % unconfirmed_ms)
         super().__init__(pipeline, scripts, now=now, spans=spans, announce=announce)
-        self._expiring = (b"", *spans, KEEP_DAYS, KEEP_MONTHS, KEEP_USER_DAYS, journal_lines, snapshot_ms)
+        self._expiring = (b"", *spans, KEEP_DAYS, KEEP_MONTHS, KEEP_USER_DAYS, journal_lines, snapshot_ms, renew_ms)
         self._keys: dict[str, tuple[bytes, ...]] = {}
         self._look_at: dict[str, int] = {}
+        self._renew_ms = renew_ms
+        self._renew_at: dict[str, int] = {}
 
     def _ledger_keys(self, tenant: str) -> tuple[bytes, ...]:
         known = self._keys.get(tenant)
@@ -271,18 +275,20 @@ class RedisLedger(Books):
 
         Each guardian calls `await ledger.sweep(registry.tenants())` once a second from a task of its own and swallows
         StateUnavailable (the next second asks again). Cost: one pipelined ZRANGE for each tenant whose next due time
-        is not known to be further off, at most every 3 s, and one `expire` for each that has entries; several guardians
-        begin at different places, so they seldom ask for the same work. Raises StateUnavailable.
+        is not known to be further off, at most every 3 s, and one `expire` for each that has entries, or is due for a
+        snapshot; several guardians begin at different places, so they seldom ask for the same work. Raises
+        StateUnavailable.
         """
         now = self._now()
         waiting = [tenant for tenant in tenants if self._look_at.get(tenant, 0) <= now]
         if len(self._look_at) > 2 * len(waiting) + _KEYS_KEPT:
             self._look_at.clear()  # tenants come and go; all are asked anew
+            self._renew_at.clear()
         start = int(dice() * len(waiting))
         waiting = waiting[start:] + waiting[:start]
         swept, snapshots = 0, []
         for first in range(0, len(waiting), TENANTS_AT_ONCE):
-            for tenant in await self._with_entries(waiting[first : first + TENANTS_AT_ONCE]):
+            for tenant in await self._with_work(waiting[first : first + TENANTS_AT_ONCE], dice):
                 for _ in range(SWEEPS_A_TURN):
                     count, snapshot = await self.expire(tenant=tenant)
                     swept += count
@@ -292,8 +298,8 @@ class RedisLedger(Books):
                         break
         return Swept(swept, snapshots)
 
-    async def _with_entries(self, tenants: list[str]) -> list[str]:
-        """Those of the tenants that have entries; notes when to look at them again."""
+    async def _with_work(self, tenants: list[str], dice: Callable[[], float]) -> list[str]:
+        """Those of the tenants that have entries, or are due for a snapshot; notes when to look at them again."""
         first = [(b"ZRANGE", self._ledger_keys(tenant)[2], 0, 0, b"WITHSCORES") for tenant in tenants]
         replies = await self._pipeline.many(first, POST_TIMEOUT)
         now = self._now()
@@ -301,7 +307,10 @@ class RedisLedger(Books):
         for tenant, reply in zip(tenants, replies, strict=True):
             if isinstance(reply, Exception):
                 raise StateUnavailable(f"redis: {reply}")
-            if reply:
+            renew_at = self._renew_at.setdefault(tenant, now + int(dice() * self._renew_ms))  # spread over the time
+            if renew_at <= now:
+                self._renew_at[tenant] = now + self._renew_ms
+            if reply or renew_at <= now:
                 found.append(tenant)
             due = int(float(reply[1])) if reply else now + LOOK_AGAIN_MS
             self._look_at[tenant] = min(due, now + LOOK_AGAIN_MS) if due > now else 0

@@ -29,6 +29,8 @@ from shared.state.scripts import Scripts
 #: How often the versions of registry and circuits are polled, since a notice may be lost, and the clock is sampled.
 POLL_S: Final = 0.5
 CLOCK_S: Final = 1.0
+#: Snapshots of a tenant that are in JetStream at a time, though nothing happens: some may not get there.
+RENEWALS: Final = 4
 
 _log: Final = logging.getLogger("hotpath.state")
 
@@ -66,6 +68,7 @@ class State:
             unconfirmed_ms=settings.ledger_unconfirmed_ms,
             journal_lines=settings.ledger_journal_lines,
             snapshot_ms=settings.ledger_snapshot_ms,
+            renew_ms=settings.usage_retention_ms // RENEWALS,
             announce=partial(announce, self._side),
         )
         self.admin: Final = Admin(self._side, pepper=settings.key_pepper, set_limit=self.ledger.set_limit)

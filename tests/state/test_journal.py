@@ -165,3 +165,26 @@ async def test_snapshots_in_between_do_not_shorten_the_journal(connect: Any, val
         assert (len(lines) - kept <= 3, lines[-1].op) == (True, "snap")
     found, wrong = await replay(money)
     assert (wrong, found.whole, found.differences(await fields(money))) == ([], False, [])
+
+
+async def test_a_quiet_tenant_gets_snapshots_too(connect: Any, valkey_url: str) -> None:
+    """JetStream forgets the copy of a snapshot after USAGE_RETENTION_MS: one that asks nothing must have another
+    there before, or a Redis that lost everything could not get its balances back."""
+    money = Money(await connect(valkey_url, USAGE_RETENTION_MS="4000000"), f"j{new_rid()}")
+    ledger, tenants = money.state.ledger, [money.tenant]
+    await money.settle(new_rid())
+    ((tenant, first),) = (await ledger.sweep(tenants, lambda: 0.5)).snapshots
+    assert (tenant, (await money.journal())[-1].id) == (money.tenant, first)
+    await money.raw("DEL", keys.leases(money.tenant), keys.entries(money.tenant))
+    ledger._look_at.clear()
+    assert (await ledger.sweep(tenants, lambda: 0.5)).snapshots == []
+    ledger._look_at.clear()
+    ledger._renew_at[money.tenant] = 0
+    assert (await ledger.sweep(tenants, lambda: 0.5)).snapshots == []  # another guardian was there before
+    ledger._look_at.clear()
+    ledger._renew_at[money.tenant] = 0
+    ledger._expiring = (*ledger._expiring[:-1], 0)
+    ((_, second),) = (await ledger.sweep(tenants, lambda: 0.5)).snapshots
+    assert second > first
+    assert [line.op for line in await money.journal()] == ["opened", "snap"]
+    assert ledger._renew_at[money.tenant] > money.now + 900_000

@@ -59,5 +59,6 @@ def ledger(state: State, clock: VirtualClock, **spans: int) -> RedisLedger:
         "unconfirmed_ms": 86_400_000,
         "journal_lines": 100_000,
         "snapshot_ms": 10**15,
+        "renew_ms": 10**15,
     } | spans
     return RedisLedger(state._hot, VirtualScripts(state._hot), now=clock.now, **chosen)

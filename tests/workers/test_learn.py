@@ -207,7 +207,7 @@ async def test_a_snapshot_of_the_balances_is_in_the_stream_too(books: Books, mon
         assert isinstance(part, BalanceSnapshot)
         assert (part.tenant, part.line, part.part, part.parts) == (books.tenant, line, number, len(parts))
         fields |= part.fields
-    assert len(parts) > 2
+    assert len(parts) > 1  # two or three: Redis gives the fields in any order
     stands = await books.ledger.levels(tenant=books.tenant)
     assert {name: text for name, text in stands.items() if name != "snap"} == fields
     assert fields["t:lifetime"] == "5 0 0"

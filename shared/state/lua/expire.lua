@@ -1,16 +1,17 @@
 #!lua flags=allow-oom
--- expire(args=['', grace, tombstone, unconfirmed, keep_days, keep_months, keep_user_days, lines, snapshot_ms],
+-- expire(args=['', grace, tombstone, unconfirmed, keep_days, keep_months, keep_user_days, lines, snapshot_ms, renew_ms],
 --        keys=[balances, entries, leases, journal, rates])
 --
 -- Sweeps up to 16 due entries; once a day drops the balances of days and months nobody asks for any more; and writes
 -- snapshots to the journal, all fields of the balances: a mark when it grew by `lines` since the last one, which drops
 -- what lies before that last one, never more (a replay begins with a snapshot; between one and two times `lines` are
--- kept); and in between when it grew at all within `snapshot_ms`, in the place of the one before that is no mark.
+-- kept); and in between, in the place of the one before that is no mark: when it grew at all within `snapshot_ms`, and
+-- after `renew_ms` in any case, since the copy of a snapshot in JetStream has its age too.
 -- Keys and their types: _balances.lua; field snap: "<id of the newest snapshot> <length of the journal then> <the same
 -- two of the newest mark>".
 -- Returns {how many entries were due, id of the snapshot written or ''}
 local keep_days, keep_months, keep_user_days = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
-local lines, snapshot_ms = tonumber(ARGV[8]), tonumber(ARGV[9])
+local lines, snapshot_ms, renew_ms = tonumber(ARGV[8]), tonumber(ARGV[9]), tonumber(ARGV[10])
 local nobody = {'', 0, 0, 0, today, 0, '', '', -1}
 local swept = sweep()
 
@@ -38,7 +39,8 @@ if length == 0 then return {swept, ''} end
 local id, size, mark, marked = string.match(redis.call('HGET', balances, 'snap') or '', '^(%d+%-%d+) (%d+) (%d+%-%d+) (%d+)$')
 if not id then id, size, mark, marked = '0-0', 0, '0-0', 0 end
 local full = length - tonumber(marked) >= lines
-local late = length > tonumber(size) and now - tonumber(string.match(id, '^%d+')) >= snapshot_ms
+local age = now - tonumber(string.match(id, '^%d+'))
+local late = age >= renew_ms or (age >= snapshot_ms and length > tonumber(size))
 if not full and not late then return {swept, ''} end
 if full and mark ~= '0-0' then redis.call('XTRIM', journal, 'MINID', mark) end
 if id ~= mark then redis.call('XDEL', journal, id) end
