@@ -41,6 +41,10 @@ def is_reserved(entry: Entry | None) -> bool:
     return entry is not None and entry.state == "reserved"
 
 
+def is_in_doubt(entry: Entry | None) -> bool:
+    return entry is not None and any(call.state in {"unconfirmed", "posted"} for call in entry.calls)
+
+
 def is_open(entry: Entry | None) -> bool:
     return has_holder(entry) and entry is not None and entry.last is not None and entry.last.state == "dispatched"
 

@@ -122,9 +122,11 @@ class BothSides(RuleBasedStateMachine):
 
     # ---- a verb on both sides ----------------------------------------------------------------------------------------
 
-    def reserves(self, rid: str, delivery: int, amount: int, ttl: int, least: int) -> None:
+    def reserves(
+        self, rid: str, delivery: int, amount: int, ttl: int, least: int, *, exactly: bool = False
+    ) -> None:  # fmt: skip
         key, user = ASKERS[self.rids.index(rid) % len(ASKERS)]
-        amount, least = amount * self.unit, least * self.unit
+        amount, least = (amount, least) if exactly else (amount * self.unit, least * self.unit)
         before = self.held_by(rid)
         expected = self.model.reserve(rid, delivery, amount, ttl, key, user, least)
         answer = self.ask(self.money.reserve_whole(rid, delivery, amount, ttl, key=key, user=user, least=least))
@@ -164,6 +166,13 @@ class BothSides(RuleBasedStateMachine):
         expected = self.model.extend(rid, call, total, delivery, instance)
         answer = self.ask(self.money.extend(rid, call, total, delivery, instance))
         self.check(answer, expected, rid, self.held_by(rid) - holds)
+
+    def corrects(self, rid: str, call: int, cost: int) -> None:
+        account = self.account(rid)
+        expected = self.model.correct(rid, call, cost * self.unit, account)
+        answer = self.ask(self.money.correct(rid, call, cost * self.unit, key=account.key, user=account.user))
+        assert answer == expected
+        done[f"Corrected {answer}"] += 1
 
     def settles(self, rid: str, call: int, cost: int, *, estimated: bool, day: int = 0) -> None:
         account, cost = self.account(rid, day), cost * self.unit

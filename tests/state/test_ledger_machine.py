@@ -18,7 +18,7 @@ from hypothesis.stateful import precondition, rule, run_state_machine_as_test
 
 from shared.state import keys
 from shared.state.redis import State
-from tests.state.look import has_holder, is_open, is_reserved, is_voided, told
+from tests.state.look import has_holder, is_in_doubt, is_open, is_reserved, is_voided, told
 from tests.state.machine import LEVELS, MOST, BothSides, done
 from tests.state.model import GRACE, PERIODS, Account
 from tests.state.rig import DAY, HOUR, MINUTE, new_rid, settings_for
@@ -65,11 +65,7 @@ class LedgerMachine(BothSides):
     @rule(request=requests, call=calls, cost=costs)
     def correct(self, request: int, call: int, cost: int) -> None:
         """Reconcile, whatever state the call is in."""
-        rid = self.request(request)
-        account = self.account(rid)
-        answer = self.ask(self.money.correct(rid, call, cost * self.unit, key=account.key, user=account.user))
-        assert answer == self.model.correct(rid, call, cost * self.unit, account)
-        done[f"Corrected {answer}"] += 1
+        self.corrects(self.request(request), call, cost)
 
     @rule(request=requests, delivery=deliveries, instance=st.sampled_from(["", "", "A", "B"]), call=calls,
           named=st.booleans())  # fmt: skip
@@ -106,6 +102,16 @@ class LedgerMachine(BothSides):
             self.rids.append(new_rid())
         rid = next((each for each in reversed(self.rids) if each not in self.model.entries), self.rids[-1])
         self.reserves(rid, 1, amount, ttl, least)
+
+    @rule(over=st.sampled_from([0, 1]), least=st.sampled_from([0, 0, 1]))
+    def begin_at_the_edge(self, over: int, least: int) -> None:
+        """Exactly what is left, or a nano-dollar more."""
+        if len(self.rids) < MOST:
+            self.rids.append(new_rid())
+        rid = self.rids[-1]
+        denied = self.model.denies(self.account(rid, self.model.today), 2**53 - 1)
+        if denied:
+            self.reserves(rid, 1, int(denied[1]) + over, HOUR, least, exactly=True)
 
     @precondition(lambda self: self.which(is_voided))
     @rule(data=st.data(), amount=amounts, least=leasts)
@@ -153,14 +159,36 @@ class LedgerMachine(BothSides):
         self.settles(rid, last.number, cost, estimated=False)
 
     @precondition(lambda self: self.which(is_open))
-    @rule(data=st.data(), more=st.sampled_from([-1, 0, 1, 50, 150]))
-    def stream_on(self, data: st.DataObject, more: int) -> None:
-        """The holder's answer grows past what was held (DESIGN 4, mid-stream)."""
+    @rule(data=st.data(), more=st.sampled_from([-1, 0, 1, 50, 150]), over=st.sampled_from([None, None, 0, 1]))
+    def stream_on(self, data: st.DataObject, more: int, over: int | None) -> None:
+        """The holder's answer grows past what was held (DESIGN 4, mid-stream), or to the edge of what is left."""
         rid = data.draw(st.sampled_from(self.which(is_open)))
         last = self.model.entries[rid].last
         assert last is not None
         total = min(2**53 - 1, max(0, last.amount + more * self.unit))
+        denied = self.model.denies(self.model.entries[rid].account, 2**53 - 1)
+        if over is not None and denied:
+            total = min(2**53 - 1, last.amount + int(denied[1]) + over)
         self.extends(rid, last.number, total, last.delivery, last.instance, exactly=True)
+
+    @precondition(lambda self: self.which(is_in_doubt))
+    @rule(data=st.data(), cost=costs, bill=st.booleans())
+    def settle_late(self, data: st.DataObject, cost: int, bill: bool) -> None:
+        """What was unconfirmed, or already posted at its bound, is settled after all, or reconciled."""
+        rid = data.draw(st.sampled_from(self.which(is_in_doubt)))
+        call = next(each for each in self.model.entries[rid].calls if each.state in {"unconfirmed", "posted"})
+        if bill:
+            self.corrects(rid, call.number, cost)
+        else:
+            self.settles(rid, call.number, cost, estimated=False)
+
+    @precondition(lambda self: bool(getattr(self, "model", None) and self.model.entries))
+    @rule(data=st.data(), off=st.sampled_from([-1, 0, 0, 1]))
+    def until_something_is_due(self, data: st.DataObject, off: int) -> None:
+        """To the millisecond: a lease, the day of an unconfirmed call, the end of a tombstone."""
+        rid = data.draw(st.sampled_from([each for each in self.rids if each in self.model.entries]))
+        self.age(max(0, self.model.entries[rid].due() + off - self.model.now))
+        self.expire()
 
     @precondition(lambda self: hasattr(self, "model") and bool(self.forgotten_calls()))
     @rule(data=st.data(), cost=costs)

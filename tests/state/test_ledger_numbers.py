@@ -7,7 +7,7 @@ import pytest
 from shared.state import keys
 from shared.state.base import Reserved, StateUnavailable
 from shared.state.ledger import MAX_AMOUNT
-from tests.state.rig import MINUTE, Money, new_rid
+from tests.state.rig import DAY, MINUTE, Money, new_rid
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 
@@ -28,6 +28,23 @@ async def test_large_amounts_are_exact(money: Money) -> None:
     assert await money.held() == (3 * odd + 6 + 3 * MAX_AMOUNT - 3, 0, 0)
     await money.limit("lifetime", MAX_AMOUNT)
     assert await money.reserve(new_rid(), amount=1) == Reserved(status="denied", left=0)
+
+
+async def test_what_is_below_nothing_is_exact_too(money: Money) -> None:
+    """A day that was dropped, and whose postings reconcile corrects: to minus $18 million and back, to the nano-USD."""
+    sums, day = 0, money.now // DAY
+    for cost, was in (
+        (1, MAX_AMOUNT),
+        (3, MAX_AMOUNT),
+        (0, 1),
+        (999_999_999, 0),
+        (MAX_AMOUNT, 7),
+        (MAX_AMOUNT, 0),
+        (5, 0),
+    ):
+        assert await money.correct(new_rid(), cost=cost, was=was, day=day) == "corrected"
+        sums += cost - was
+        assert await money.held() == (sums, 0, 0)
 
 
 async def test_what_is_held_stays_an_exact_number_without_any_limit(money: Money) -> None:

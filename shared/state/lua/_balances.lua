@@ -62,15 +62,23 @@ end
 
 -- Decimal text + number. A lifetime may pass 2^53 nano-USD ($9 million): whole dollars and nano-USD are added apart then.
 local function add(text, delta)
-  if #text < 16 and delta < 4503599627370496 then return string.format('%.0f', tonumber(text) + delta) end
-  local high, low = tonumber(string.sub(text, 1, -10)) or 0, tonumber(string.sub(text, -9))
-  if string.sub(text, 1, 1) == '-' then damaged() end
+  if #text < 16 and delta < 4503599627370496 and delta > -4503599627370496 then
+    return string.format('%.0f', tonumber(text) + delta)
+  end
+  local sign, digits = string.match(text, '^(%-?)(%d+)$')
+  sign = sign == '-' and -1 or 1
   local dollars = math.floor(delta / 1e9)
-  low = low + (delta - dollars * 1e9)
+  local low = sign * tonumber(string.sub(digits, -9)) + (delta - dollars * 1e9)
   local carry = math.floor(low / 1e9)
-  high, low = high + dollars + carry, low - carry * 1e9
-  if high > 0 then return string.format('%.0f%09.0f', high, low) end
-  return string.format('%.0f', high * 1e9 + low)
+  local high = sign * (tonumber(string.sub(digits, 1, -10)) or 0) + dollars + carry
+  low = low - carry * 1e9
+  sign = ''
+  if high < 0 then -- only of a day that was dropped, and whose postings are corrected after all
+    sign, high = '-', -high
+    if low > 0 then high, low = high - 1, 1e9 - low end
+  end
+  if high > 0 then return string.format('%s%.0f%09.0f', sign, high, low) end
+  return string.format('%s%.0f', sign, low)
 end
 
 local function buckets_of(day)
