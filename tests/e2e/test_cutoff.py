@@ -2,12 +2,14 @@
 end, the bill passes the limit by one upstream read at most (DESIGN 4, I1, I2)."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
 import openai
 import redis
+from msgspec import Struct
+from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types.chat import ChatCompletionChunk
 
 from tests.e2e.books import OUTPUT_NANO, entries, settled_level
@@ -25,12 +27,22 @@ TOOL: Any = {
 }
 
 
-async def ask(up: Up, made: dict[str, Any], **body: Any) -> tuple[list[ChatCompletionChunk], str]:
-    """All chunks of a stream, by the official client, and the request id."""
+class Told(Struct):
+    """What the client got."""
+
+    chunks: list[ChatCompletionChunk]
+    headers: Mapping[str, str]
+
+    @property
+    def rid(self) -> str:
+        return self.headers["x-br-request-id"]
+
+
+async def ask(up: Up, made: dict[str, Any], **body: Any) -> Told:
+    """A stream, by the official client."""
     async with openai.AsyncOpenAI(base_url=f"{up.url}/v1", api_key=made["key"], max_retries=0, timeout=30) as client:
         stream = await client.chat.completions.create(**body, stream=True, stream_options={"include_usage": True})
-        rid = stream.response.headers["x-br-request-id"]
-        return [chunk async for chunk in stream], rid
+        return Told([chunk async for chunk in stream], stream.response.headers)
 
 
 def said(prompt: str) -> list[dict[str, str]]:
@@ -44,10 +56,14 @@ def journal(up: Up, made: dict[str, Any]) -> list[list[Any]]:
     return [msgspec.msgpack.decode(fields[b"l"]) for _, fields in lines]
 
 
-async def check(up: Up, sim: Sim, made: dict[str, Any], chunks: list[ChatCompletionChunk], rid: str) -> dict[str, Any]:
-    """The end as the client saw it, and the money; the bill's line."""
+async def check(up: Up, sim: Sim, made: dict[str, Any], told: Told, *, extends: bool) -> dict[str, Any]:
+    """The end as the client saw it, and the money; the bill's line. `extends`: whether more was reserved in between."""
+    rid, chunks = told.rid, told.chunks
+    state = ChatCompletionStreamState()
+    for chunk in chunks:
+        state.handle_chunk(chunk)
+    assert {choice.finish_reason for choice in state.current_completion_snapshot.choices} == {"length"}
     *_, last, usage = chunks
-    assert [choice.finish_reason for choice in last.choices] == ["length"]
     payload: dict[str, Any] = last.model_extra["x_br"] if last.model_extra else {}
     assert (payload["cut"], payload["estimated"]) == ("budget", True)
     row = await asyncio.to_thread(settled_level, up, made["tenant"], 5)
@@ -62,32 +78,34 @@ async def check(up: Up, sim: Sim, made: dict[str, Any], chunks: list[ChatComplet
     assert usage.usage is not None
     assert usage.usage.completion_tokens == payload["usage"]["output_tokens"] >= line["output_tokens"]
     ops = [each[0] for each in journal(up, made)]
-    assert ops.count("extend") >= 1
+    assert ("extend" in ops) == extends, ops
     assert ops[-1] == ("overrun" if entry.cost > entry.amount else "settle"), ops
     return line
 
 
 async def test_a_text_and_tool_calls_end_as_at_their_cap(up: Up, sim: Sim, tenant: Callable[..., Any]) -> None:
-    """0.003 USD are left; the text is reserved with a tenth of it, and goes on for 10,000 tokens. The tool calls end
-    with the arguments so far."""
+    """0.003 USD are left. Two choices of 4000 tokens cost more: their cap is lowered, and ignored. The tool calls are
+    reserved piece by piece, and end with the arguments so far."""
     texts, tools = await asyncio.gather(
         *(asyncio.to_thread(tenant, "--limit-usd", usd, "--period", "lifetime") for usd in ("0.003", "0.002"))
     )
     text, calls = await asyncio.gather(
         ask(
-            up, texts, model="sim-fast", max_tokens=500,
-            messages=said("[[sim chunks=10000 pace=1 ignore_cap=1]]"),
+            up, texts, model="sim-fast", max_tokens=4000, n=2,
+            messages=said("[[sim chunks=5000 pace=1 burst=30 ignore_cap=1]]"),
         ),
         ask(
             up, tools, model="sim-tools", max_tokens=100, tools=[TOOL],
             messages=said("[[sim tools=20 pace=1 ignore_cap=1]]"),
         ),
     )  # fmt: skip
-    line = await check(up, sim, texts, *text)
-    written = "".join(choice.delta.content or "" for chunk in text[0] for choice in chunk.choices)
+    line = await check(up, sim, texts, text, extends=False)
+    assert line["cost_nano_usd"] > 3_000_000, "a read of 30 tokens ends 19 past what is paid for: an overrun"
+    assert 2400 < int(text.headers["x-br-max-tokens-clamped"]) < 2500
+    written = "".join(choice.delta.content or "" for chunk in text.chunks for choice in chunk.choices)
     assert 4900 < len(written.split()) <= line["output_tokens"]
 
-    await check(up, sim, tools, *calls)
-    parts = [part for chunk in calls[0] for choice in chunk.choices for part in choice.delta.tool_calls or ()]
+    await check(up, sim, tools, calls, extends=True)
+    parts = [part for chunk in calls.chunks for choice in chunk.choices for part in choice.delta.tool_calls or ()]
     assert {part.index for part in parts} == set(range(max(part.index for part in parts) + 1))
     assert all(part.function is not None for part in parts)
