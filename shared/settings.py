@@ -152,6 +152,10 @@ class Settings(Struct, frozen=True, kw_only=True):
         str,
         Meta(description="Where settlements go that neither Redis nor JetStream takes; empty = HOTPATH_DATA/spool."),
     ] = ""
+    alert_webhook_url: Annotated[
+        str, Meta(description="Where spend alerts are POSTed as JSON (README); https, or see the next one.")
+    ] = ""
+    alert_webhook_private: Annotated[bool, Meta(description="It may be http, and lead to a private address.")] = False
     cancel_drain_ms: Annotated[Millis, Meta(description="A cancelled call may still bring its usage for this.")] = 250
 
     @property
@@ -188,6 +192,8 @@ class Settings(Struct, frozen=True, kw_only=True):
 def _shown(name: str, value: Any) -> Any:
     if name in SECRETS:
         return "***"
+    if name == "alert_webhook_url" and value:  # its path is often the secret
+        return urlunsplit(urlsplit(value)._replace(path="/***", query=""))
     if isinstance(value, str) and "_url" in name and "@" in value:
         url = urlsplit(value)
         return urlunsplit(url._replace(netloc=f"***@{url.netloc.rpartition('@')[2]}"))
@@ -255,6 +261,9 @@ def _faults(settings: Settings) -> Iterator[str]:
             yield f"{name.upper()}: expected nats://[user:password@]host:port (or tls://)"
     if not _url_fits(settings.redis_url, ("redis", "rediss")):
         yield "REDIS_URL: expected redis://[user:password@]host:port/number (or rediss://)"
+    webhook = ("https", "http") if settings.alert_webhook_private else ("https",)
+    if settings.alert_webhook_url and not _url_fits(settings.alert_webhook_url, webhook):
+        yield "ALERT_WEBHOOK_URL: expected https://host[:port]/path, or http:// with ALERT_WEBHOOK_PRIVATE=true"
     try:
         floor = settings.budget_min_reservation
     except ValueError as exc:

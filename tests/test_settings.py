@@ -124,3 +124,18 @@ def test_env_example_is_in_step():
     others = found.keys() - {name for name, *_ in settings.describe()}
     read = "".join(file.read_text() for file in [*ROOT.glob("deploy/**/*.py"), ROOT / "deploy" / "catalog.toml"])
     assert not [name for name in others if name not in read], "nothing reads these"
+
+
+def test_the_alert_webhook():
+    """https to the world, http and private addresses only when it is said; its path is a secret."""
+    assert faults(ALERT_WEBHOOK_URL="http://hooks.example/a")[0].startswith("ALERT_WEBHOOK_URL: expected https://")
+    assert faults(ALERT_WEBHOOK_URL="ftp://hooks.example/a", ALERT_WEBHOOK_PRIVATE="true")
+    got = settings.load({**SECRETS, "ALERT_WEBHOOK_URL": "https://hooks.example:444/s3cr3t?k=v"})
+    assert "s3cr3t" not in repr(got)
+    assert "hooks.example:444" in repr(got)
+    assert settings.load({**SECRETS, "ALERT_WEBHOOK_URL": "http://10.0.0.1/a", "ALERT_WEBHOOK_PRIVATE": "true"})
+
+
+def test_the_spool_lies_in_the_data_folder_unless_it_is_said():
+    assert settings.load({**SECRETS, "HOTPATH_DATA": "/d"}).spool == Path("/d/spool")
+    assert settings.load({**SECRETS, "HOTPATH_DATA": "/d", "SPOOL_DIR": "/s"}).spool == Path("/s")

@@ -5,6 +5,7 @@ redis      State: connects and owns everything below; the admin calls of `hotpat
 ledger     the two-phase ledger (DESIGN 4), one Lua call per verb: lua/{reserve,dispatch,topup,settle,void,expire}.lua
 clock      this process's monotonic clock mapped to Redis TIME
 registry   this process's copy of tenants and keys
+costs      by model and day, alerts, the output ratio; late: settlements that Redis did not take at once
 circuits   which endpoints are out of rotation
 pipeline   the one connection of the hot calls: pipelined, hiredis-parsed, no retries, a gate
 scripts    loads lua/*.lua and runs them by digest

@@ -67,6 +67,18 @@ def costs(tenant: str) -> bytes:
     return f"{_tag(tenant)}:cost".encode()
 
 
+def seen(tenant: str, instance: str, page: int) -> bytes:
+    """String: a bit for each batch of usage records of one process, a page of them (lua/learn.lua)."""
+    if not OPAQUE.fullmatch(instance):
+        raise ValueError(f"not an instance: {instance[:80]!r}")
+    return f"{_tag(tenant)}:seen:{instance}:{page}".encode()
+
+
+def late(tenant: str) -> bytes:
+    """Zset: <rid>.<number> of each call that a guardian posted -> ms (lua/learn.lua)."""
+    return f"{_tag(tenant)}:late".encode()
+
+
 def ledger(tenant: str) -> tuple[bytes, ...]:
     """The keys of every ledger script, in order."""
     return balances(tenant), entries(tenant), leases(tenant), journal(tenant), rates(tenant)

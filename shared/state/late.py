@@ -56,7 +56,7 @@ async def post(ledger: RedisLedger, records: Iterable[UsageRecord], now: int, to
     tenants: dict[str, list[tuple[int, UsageRecord]]] = {}
     results: dict[int, Result] = {}
     for index, record in enumerate(records):
-        if _is_ours(record):
+        if is_ours(record):
             tenants.setdefault(record.tenant, []).append((index, record))
         else:
             results[index] = Untold("no provider of ours wrote this record")
@@ -103,7 +103,8 @@ async def _of_tenant(
     return settled
 
 
-def _is_ours(record: UsageRecord) -> bool:
+def is_ours(record: UsageRecord) -> bool:
+    """Whether its ids and amounts are such as a provider of ours writes: they become part of Redis keys."""
     return (
         keys.OPAQUE.fullmatch(record.tenant) is not None
         and _RID.fullmatch(record.rid) is not None

@@ -17,6 +17,7 @@ from shared.state.base import StateUnavailable
 from shared.state.books import Entry
 from shared.state.circuits import RedisCircuits, policy
 from shared.state.clock import SharedClock
+from shared.state.costs import Costs, RedisCosts
 from shared.state.keys import Period
 from shared.state.ledger import SCRIPTS, RedisLedger
 from shared.state.operations import Operations
@@ -49,6 +50,7 @@ class State:
     clock: SharedClock
     registry: RedisRegistry
     circuits: RedisCircuits
+    tracker: RedisCosts
 
     def __init__(self, settings: Settings) -> None:
         greeting = tuple(pack((b"SCRIPT", b"LOAD", script.text)) for script in SCRIPTS.values())
@@ -83,6 +85,7 @@ class State:
             now=self.clock.now,
             wake=self._wake.set,
         )
+        self.tracker = RedisCosts(self._side, Scripts(self._side), keep_ms=2 * settings.usage_retention_ms)
         self.circuits = RedisCircuits(
             self._side,
             scripts,
@@ -181,6 +184,10 @@ class State:
     async def entries(self, tenant: str) -> list[Entry]:
         """What the ledger remembers of the tenant's calls."""
         return await self.ledger.entries(tenant=tenant)
+
+    async def costs(self, tenant: str) -> Costs:
+        """What the tenant's calls cost by model and day. Raises StateUnavailable."""
+        return await self.tracker.read(tenant)
 
     # ---- polling -----------------------------------------------------------------------------------------------------
 

@@ -140,6 +140,11 @@ class RedisRegistry:
         """The ids of all tenants: what the idle sweep walks."""
         return list(self._tenants)
 
+    def name_of(self, tenant: str) -> str:
+        """The tenant's name, its id when it is not known or has no key."""
+        keys_of = self._tenants.get(tenant)
+        return self._pairs[tenant, keys_of[0].decode()].tenant_name if keys_of else tenant
+
     def authenticate(self, token: bytes) -> Principal | None:
         """The principal of a key as presented; None when unknown or revoked. The ingress looks at its expiry itself,
         to say so (401 `expired_api_key`).

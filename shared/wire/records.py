@@ -48,13 +48,15 @@ class UsageRecord(Struct, frozen=True, array_like=True):
 
 class UsageBatch(Struct, frozen=True, kw_only=True, tag_field="kind", tag="usage"):
     """Records of one process. `instance` and `number` name the batch: one that comes twice is counted once. `at` is
-    when it was published, shared-clock ms."""
+    when it was published, shared-clock ms. `late`: published anew by a guardian that posted them; the same record may
+    stand in several of those, and each is counted once."""
 
     v: int = VERSION
     instance: str
     number: int
     at: int
     records: tuple[UsageRecord, ...]
+    late: bool = False
 
 
 class BalanceSnapshot(Struct, frozen=True, kw_only=True, tag_field="kind", tag="snap"):

@@ -60,7 +60,7 @@ RECORD: Final = r.UsageRecord(
 #: The same of shared/wire/records.py.
 STORED: Final[dict[str, tuple[Struct, ...]]] = {
     "decode_stored": (
-        r.UsageBatch(instance="p1", number=7, at=1_700_000_000_002, records=(RECORD,)),
+        r.UsageBatch(instance="p1", number=7, at=1_700_000_000_002, records=(RECORD,), late=True),
         r.BalanceSnapshot(tenant="t", line="1-1", at=5, part=0, parts=2, fields={"t:lifetime": "1 0 0"}),
     ),
 }

@@ -1,6 +1,7 @@
 """The guardian as a reader of the usage stream: a real Valkey, and JetStream's twin (see tests/bus)."""
 
 import asyncio
+import contextlib
 import logging
 import secrets
 from collections.abc import AsyncIterator
@@ -16,8 +17,9 @@ from shared.state.base import NotApplied, StateUnavailable
 from shared.wire.messages import encode
 from shared.wire.records import BalanceSnapshot, UsageBatch, UsageRecord, decode_stored
 from tests.workers.guardian_rig import Rig, running
-from workers.guardian import learn, sweep
+from workers.guardian import alerts, learn, sweep
 from workers.guardian.admit import Guardian
+from workers.guardian.webhook import Webhook, WebhookFailed
 
 DAY_MS = 86_400_000
 
@@ -279,6 +281,91 @@ async def test_no_record_of_ours_is_told_and_acknowledged(books: Books, caplog: 
     await books.until_settled(1000)
     await books.idle()
     assert len([each for each in caplog.records if each.levelno == logging.CRITICAL]) == 4
+
+
+async def test_what_was_settled_is_learned_once(books: Books) -> None:
+    """Each batch once for each of its tenants, whoever reads it, however often; what is still to be posted, not yet."""
+    other = "t" + secrets.token_hex(6)
+    records = [books.record(line="1-1", model="a"), books.record(line="1-2", tenant=other), books.record(cost=77)]
+    for _ in range(3):
+        await books.publish(*records, number=7)
+    await books.until_settled(77)  # published anew by the guardian: learned from that batch
+    state = books.rig.ctx.state
+    async with asyncio.timeout(5):
+        while (await state.costs(books.tenant)).total.requests < 2:
+            await asyncio.sleep(0.01)
+    await books.idle()
+    found = await state.costs(books.tenant)
+    counts = {name: (spent.requests, spent.cost) for name, spent in found.models.items()}
+    assert counts == {"a": (1, 1000), "m": (1, 77)}
+    assert (await state.costs(other)).total.requests == 1
+
+
+async def test_an_alert_is_logged_and_posted(
+    books: Books, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S1-M1b: "Daily spend limit exceeded" with date, spend and limit; the webhook gets the same as JSON."""
+    monkeypatch.setattr(alerts, "PAUSE_S", 0.01)
+    async with receiver(503, 200) as (url, bodies):
+        told = books.rig.role._learner._alerts  # type: ignore[attr-defined]
+        monkeypatch.setattr(told, "_webhook", Webhook(url, private=True))
+        today = books.now // DAY_MS
+        await books.publish(books.record(line="1-1", cost=5_130_000_000, day=today))
+        async with asyncio.timeout(5):
+            while len(bodies) < 2:
+                await asyncio.sleep(0.01)
+    date = keys.bucket("day", today * DAY_MS)
+    assert msgspec.json.decode(bodies[1]) == {
+        "id": f"{books.tenant}:{date}:5", "event": "daily_limit_exceeded", "tenant": books.tenant,
+        "tenant_name": books.tenant, "date": date, "limit_usd": "$5.00", "limit_nano_usd": 5_000_000_000,
+        "spend_usd": "$5.13", "spend_nano_usd": 5_130_000_000,
+    }  # fmt: skip
+    [line] = [each for each in caplog.records if each.getMessage() == "Daily spend limit exceeded"]
+    assert (line.date, line.spend, line.limit) == (date, "$5.13", "$5.00")  # type: ignore[attr-defined]
+    assert line.levelno == logging.WARNING
+
+
+@contextlib.asynccontextmanager
+async def receiver(*statuses: int) -> AsyncIterator[tuple[str, list[bytes]]]:
+    """A webhook of the test's own, which answers with these, then with 200: its URL, and what it was sent."""
+    bodies: list[bytes] = []
+    answers = list(statuses)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"POST /hook?token=x HTTP/1.1\r\nHost: 127.0.0.1:")
+        length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+        bodies.append(await reader.readexactly(length))
+        status = answers.pop(0) if answers else 200
+        writer.write(b"HTTP/1.1 %d X\r\nContent-Length: 0\r\n\r\n" % status if status else b"gibberish\n")
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/hook?token=x", bodies
+    finally:
+        server.close()
+
+
+async def test_what_a_webhook_may_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.guardian.webhook.POST_S", 0.3)
+    async with receiver(204, 500, 429, 400, 302, 0) as (url, bodies):
+        webhook = Webhook(url, private=True)
+        await webhook.post(b"{}")
+        again = []
+        for _ in range(5):
+            with pytest.raises(WebhookFailed) as failed:
+                await webhook.post(b"{}")
+            again.append(failed.value.again)
+            assert "token" not in str(failed.value)
+        assert again == [True, True, False, False, True]
+        with pytest.raises(WebhookFailed, match="not allowed"):  # faults 74
+            await Webhook(url, private=False).post(b"{}")
+        with pytest.raises(WebhookFailed):
+            await Webhook(url.replace("http:", "https:"), private=True).post(b"{}")
+        assert bodies == [b"{}"] * 6
+    with pytest.raises(WebhookFailed):
+        await Webhook(url, private=True).post(b"{}")
 
 
 async def test_late_post_says_what_is_to_be_tried_again(books: Books, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,10 +22,12 @@ from shared.bus.base import PayloadTooLarge
 from shared.bus.spool import SpoolFailed
 from shared.bus.stored import Stored, StreamUnavailable
 from shared.service.usage import STORE_S, UsageStream
-from shared.state import late
+from shared.state import keys, late
+from shared.state.base import NotApplied, StateUnavailable
 from shared.wire import subjects
 from shared.wire.messages import UNREADABLE, VERSION, encode
 from shared.wire.records import BalanceSnapshot, UsageBatch, UsageRecord, decode_stored
+from workers.guardian.alerts import Alerts
 
 if TYPE_CHECKING:
     from shared.service import Context
@@ -67,6 +69,7 @@ class Learner:
         self._consumer = usage.stream.consumer(
             subjects.USAGE_CONSUMER, usage.pull_inbox, ack_wait_s=ACK_WAIT_S, max_pending=MAX_PENDING
         )
+        self._alerts = Alerts(ctx)
         self._number = 0
         self._task: asyncio.Task[None] | None = None
         self._held = 0
@@ -88,6 +91,7 @@ class Learner:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         await self._consumer.close()
+        await self._alerts.close()
 
     def _on_bus(self, connected: bool) -> None:
         if connected:
@@ -148,7 +152,10 @@ class Learner:
 
     def _give_back(self, held: list[_Held]) -> None:
         self._counts["refused"].inc(len(held))
-        self._ctx.log.error("Redis refuses what is to be posted", extra={"rids": [each.todo[0].rid for each in held]})
+        self._ctx.log.error(
+            "Redis refuses what is to be posted",
+            extra={"rids": [record.rid for each in held for record in each.todo[:1]]},
+        )
         self._return(held, LATER_S)
         held.clear()
 
@@ -184,8 +191,9 @@ class Learner:
         """In a batch of our own, on disk if JetStream does not take it; False when neither does."""
         self._number += 1
         batch = UsageBatch(
-            instance=self._ctx.instance, number=self._number, at=self._ctx.state.clock.now(), records=tuple(records)
-        )
+            instance=self._ctx.instance, number=self._number, at=self._ctx.state.clock.now(), records=tuple(records),
+            late=True,
+        )  # fmt: skip
         payload = encode(batch)
         try:
             await self._usage.stream.publish(payload, STORE_S)
@@ -204,5 +212,29 @@ class Learner:
             if not old or not await self._publish(held.todo):
                 return False
             self._counts["renewed"].inc(len(held.todo))
+        if not await self._learn(held.batch) and not old:
+            return False
         self._consumer.ack(held.stored)
+        return True
+
+    async def _learn(self, batch: UsageBatch) -> bool:
+        """Once for each tenant of the batch, however often it comes; False: Redis did not answer."""
+        if keys.OPAQUE.fullmatch(batch.instance) is None:
+            return True
+        tenants: dict[str, list[UsageRecord]] = {}
+        for record in batch.records:
+            if record.line and late.is_ours(record):
+                tenants.setdefault(record.tenant, []).append(record)
+        for tenant, records in tenants.items():
+            try:
+                alerts = await self._ctx.state.tracker.learn(tenant, batch, records)
+            except NotApplied as error:
+                if not self._ctx.state.available:
+                    return False
+                self._ctx.log.warning("usage was not learned", extra={"tenant": tenant, "error": str(error)})
+            except StateUnavailable:
+                return False
+            else:
+                for alert in alerts:
+                    self._alerts.tell(alert)
         return True

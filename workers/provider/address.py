@@ -6,16 +6,12 @@ on the resolved address at connect, not on the name.
 
 import asyncio
 import errno
-import ipaddress
 import os
 import socket
 from typing import Final
 
+from shared.core.addresses import allowed
 from shared.wire.errors import HotpathError, Overloaded, UpstreamError
-
-_NAT64: Final = ipaddress.ip_network("64:ff9b::/96")
-
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 class AddressRefused(UpstreamError):
@@ -45,32 +41,6 @@ def unreachable(failure: Exception | None, message: str) -> HotpathError:
             except OSError:
                 return OutOfDescriptors()
     return UpstreamError(message)
-
-
-def _inner(address: Address) -> Address:
-    """The IPv4 address that an IPv6 one stands for, if it does (mapped, 6to4, NAT64)."""
-    if isinstance(address, ipaddress.IPv6Address):
-        if address.ipv4_mapped is not None:
-            return address.ipv4_mapped
-        if address.sixtofour is not None:
-            return address.sixtofour
-        if address in _NAT64:
-            return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-    return address
-
-
-def allowed(text: str, *, private: bool) -> bool:
-    """Public addresses; with `private` also loopback, private and shared ones. Never link-local (cloud metadata),
-    multicast, unspecified or reserved ones."""
-    try:
-        address = _inner(ipaddress.ip_address(text.partition("%")[0]))
-    except ValueError:
-        return False
-    if address.is_link_local or address.is_multicast or address.is_unspecified:
-        return False
-    if address.version == 4 and address.is_reserved:
-        return False
-    return private or address.is_global
 
 
 async def resolve(loop: asyncio.AbstractEventLoop, host: str, port: int, *, private: bool) -> list[str]:

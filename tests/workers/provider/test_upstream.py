@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from msgspec import Struct
 
+from shared.core import addresses
 from shared.core.translators.openai import OpenAI
 from tests.core.translating import ask
-from workers.provider import address, upstream
+from workers.provider import upstream
 from workers.provider.ended import Ended, Limits
 from workers.provider.exchange import Exchange
 from workers.provider.origin import Origin
@@ -674,8 +675,8 @@ async def test_refused_addresses_are_not_dialled() -> None:
     ],
 )  # fmt: skip
 def test_addresses(text: str, public: bool, private: bool) -> None:
-    assert address.allowed(text, private=False) is public
-    assert address.allowed(text, private=True) is private
+    assert addresses.allowed(text, private=False) is public
+    assert addresses.allowed(text, private=True) is private
 
 
 async def test_nobody_there() -> None:
