@@ -78,6 +78,15 @@ class Bill:
             self._rows.execute("UPDATE bill SET found = 1 WHERE rid = ?", (raw,))
         return rows
 
+    def one(self, rid: str, call: int) -> int | None:
+        """The cost of one call, if it is on the bill and nobody asked for it yet. It is then found."""
+        named = (bytes.fromhex(rid), call)
+        row = self._rows.execute("SELECT cost FROM bill WHERE rid = ? AND call = ? AND found = 0", named).fetchone()
+        if row is None:
+            return None
+        self._rows.execute("UPDATE bill SET found = 1 WHERE rid = ? AND call = ?", named)
+        return int(row[0])
+
     def rest(self) -> Iterator[Billed]:
         """The calls of requests that nobody asked for."""
         last = (b"", 0)

@@ -17,13 +17,17 @@ from msgspec import Struct, field
 
 from deploy.cli.admin import Failed, with_state
 from deploy.cli.bill import Bill, Loaded
+from deploy.cli.copy import CopyUnavailable, opened
 from deploy.cli.verify import wanted
 from deploy.cli.where import Where
 from shared.core import money
-from shared.core.reconcile import KINDS, Action, Decision, Kind, Known, decide
+from shared.core.reconcile import KINDS, RIGHT, Action, Decision, Kind, Known, decide
+from shared.core.transitions import position
+from shared.settings import Settings
 from shared.state.accounts import Standing, accounts
 from shared.state.base import StateUnavailable
 from shared.state.redis import State
+from shared.wire.records import UsageRecord
 
 #: Calls that are listed one by one; further ones are counted.
 TOLD: Final = 100
@@ -95,11 +99,13 @@ class _Step(Struct, frozen=True):
 
 def reconcile(where: Where, file: Path, options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     """A Report as JSON. `say` gets a word now and then. Raises Failed, OSError (the file)."""
-    found: dict[str, Any] = msgspec.to_builtins(with_state(where, lambda state: run(state, file, options, say)))
+    found: dict[str, Any] = msgspec.to_builtins(
+        with_state(where, lambda state: run(state, where.settings(), file, options, say))
+    )
     return found
 
 
-async def run(state: State, file: Path, options: Options, say: Callable[[str], None]) -> Report:
+async def run(state: State, settings: Settings, file: Path, options: Options, say: Callable[[str], None]) -> Report:
     """Reconcile. Raises Failed, OSError, StateUnavailable."""
     bill = Bill()
     try:
@@ -110,7 +116,7 @@ async def run(state: State, file: Path, options: Options, say: Callable[[str], N
             raise Failed(f"{loaded.bad} bad lines in {file}, nothing was done (--skip-bad leaves them out):\n{told}")
         names = await wanted(state, options.tenant)
         unknown_to = (await wanted(state, options.post_unknown)) if options.post_unknown else {}
-        return await _Run(state, bill, loaded, options, say).go(names, next(iter(unknown_to), ""))
+        return await _Run(state, settings, bill, loaded, options, say).go(names, next(iter(unknown_to), ""))
     finally:
         bill.close()
 
@@ -138,6 +144,7 @@ _WORDS: Final[dict[Kind, str]] = {
     "unbooked": "were not posted at all: voided, or lost",
     "running": "are under way, and left alone",
     "later": "are left alone: run this again in some minutes",
+    "trimmed": "are off, and left alone: the journal does not go back so far (LEDGER_JOURNAL_LINES)",
     "unknown": "are of requests that no tenant's books know",
 }
 
@@ -169,8 +176,17 @@ def text(found: dict[str, Any]) -> str:
 class _Run:
     """One run over the books."""
 
-    def __init__(self, state: State, bill: Bill, loaded: Loaded, options: Options, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        state: State,
+        settings: Settings,
+        bill: Bill,
+        loaded: Loaded,
+        options: Options,
+        say: Callable[[str], None],
+    ) -> None:
         self._state = state
+        self._settings = settings
         self._bill = bill
         self._options = options
         self._say = say
@@ -185,6 +201,7 @@ class _Run:
         try:
             for tenant, name in names.items():
                 await self._tenant(tenant, name)
+            await self._copied(names)
             for billed in self._bill.rest():
                 self._note(decide(None, billed.cost))
                 self.report.unknown.add(billed.cost, request=f"{billed.rid}.{billed.call}")
@@ -195,7 +212,7 @@ class _Run:
         finally:
             if not self._options.dry_run:
                 await self._state.ledger.release(self._token)
-        known = [total.difference for kind, total in self.report.kinds.items() if kind != "unknown"]
+        known = [total.difference for kind, total in self.report.kinds.items() if kind not in {"unknown", "trimmed"}]
         self.report.difference = sum(known) + (self.report.unknown.amount if unknown_to else 0)
         return self.report
 
@@ -220,6 +237,37 @@ class _Run:
             for call, standing in calls.items():
                 if call not in billed and not (call == 0 and billed):
                     await self._unbilled(tenant, name, rid, call, standing)
+
+    async def _copied(self, names: dict[str, str]) -> None:
+        """Calls that the books have forgotten: the second copy may know them for a while yet."""
+        if next(self._bill.rest(), None) is None:
+            return
+        try:
+            async with opened(self._settings) as copy:
+                async for record in copy.records():
+                    cost = self._bill.one(record.rid, record.call) if record.tenant in names else None
+                    if cost is not None:
+                        await self._of_copy(record, names[record.tenant], cost)
+        except CopyUnavailable as error:
+            self._say(str(error))
+
+    async def _of_copy(self, record: UsageRecord, name: str, cost: int) -> None:
+        oldest = await self._state.ledger.journal(tenant=record.tenant, count=1)
+        trimmed = (
+            bool(oldest) and oldest[0].op in {"snap", "restore"} and position(record.line) < position(oldest[0].id)
+        )
+        known = Known(state="none", entry=False, key=record.key, user=record.user, day=record.day)
+        if not record.line:  # the guardians are about to post it
+            decision = Decision("later")
+        elif not trimmed:  # lost by Redis: as `ledger rebuild` posts it, but at what the bill says
+            decision = decide(known, cost)
+        else:
+            off = cost - record.cost
+            decision = Decision("trimmed", off) if off else RIGHT
+        self._note(decision)
+        if decision.kind in {"later", "trimmed"}:
+            self.report.waiting.add(cost, request=f"{record.rid}.{record.call}", tenant=name, why=decision.kind)
+        await self._put(_Step(record.tenant, record.rid, record.call, cost, decision.action, known))
 
     async def _unbilled(self, tenant: str, name: str, rid: str, call: int, standing: Standing) -> None:
         known = standing.known

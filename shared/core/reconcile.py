@@ -17,12 +17,15 @@ from msgspec import Struct
 
 from shared.core.transitions import HOLDING, State
 
-Kind = Literal["right", "estimated", "wrong", "unconfirmed", "bound", "unbooked", "running", "later", "unknown"]
+Kind = Literal[
+    "right", "estimated", "wrong", "unconfirmed", "bound", "unbooked", "running", "later", "trimmed", "unknown"
+]
 #: correct: put right by ledger.correct; settle: posted as its own, since nothing is known of it any more.
 Action = Literal["", "correct", "settle"]
 
 KINDS: Final[tuple[Kind, ...]] = (
-    "right", "estimated", "wrong", "unconfirmed", "bound", "unbooked", "running", "later", "unknown"
+    "right", "estimated", "wrong", "unconfirmed", "bound", "unbooked", "running", "later", "trimmed",
+    "unknown",
 )  # fmt: skip
 
 

@@ -12,6 +12,8 @@ import pytest
 from deploy import servers
 from deploy.cli.copy import opened, scan, snapshots
 from deploy.cli.rebuild import Rebuilt, run
+from deploy.cli.reconcile import Options
+from deploy.cli.reconcile import run as reconcile
 from deploy.cli.verify import examine
 from shared.bus.jetstream import JetStream, inboxes
 from shared.bus.nats import NatsBus
@@ -298,3 +300,39 @@ async def test_what_the_copy_tells(world: World) -> None:
         assert world.tenant not in await snapshots(copy)
     ((call, told),) = found.settlements[world.tenant].items()
     assert (call, told.cost, told.line) == ((rid, 1), 5, "7-1")
+
+
+# ---- reconcile, which asks the copy too ------------------------------------------------------------------------------
+
+
+async def test_a_bill_of_calls_that_the_copy_alone_knows(world: World, tmp_path: Path) -> None:
+    """Trimmed and right; trimmed and off: told, since what was put right before is not known any more; lost: posted;
+    not posted yet: left to the guardians."""
+    world.tenant = (await world.money.state.create_key(f"copied-{new_rid()[:6]}")).tenant_id
+    world.money = Money(world.money.state, world.tenant)
+    right, off = await world.call(10), await world.call(20)
+    await world.money.raw("DEL", keys.entries(world.tenant), keys.leases(world.tenant))
+    await world.snapshot()
+    last = (await world.money.journal())[-1].id
+    await world.money.raw("XTRIM", keys.journal(world.tenant), "MINID", last)
+    lost, waiting = new_rid(), new_rid()
+    await world.copy(lost, 30, f"{world.money.now + 5}-0")
+    await world.copy(waiting, 40, "")
+    file = tmp_path / "bill"
+    costs = {right: 10, off: 21, lost: 31, waiting: 40, new_rid(): 50}
+    file.write_text(
+        "".join(
+            f'{{"request_id": "{rid}.1", "model": "m", "endpoint": "e", "input_tokens": 1, "output_tokens": 1,'
+            f' "cost_nano_usd": {cost}}}\n'
+            for rid, cost in costs.items()
+        )
+    )
+    for unbooked in ((1, 31), (0, 0)):
+        found = await reconcile(world.money.state, world.settings, file, Options(), print)
+        kinds = {kind: (each.calls, each.difference) for kind, each in found.kinds.items()}
+        assert (kinds["trimmed"], kinds["later"], kinds["unknown"]) == ((1, 1), (1, 0), (1, 50))
+        assert (kinds["unbooked"], found.difference) == (unbooked, unbooked[1])
+        assert {(each["request"][:32], each["why"]) for each in found.waiting.told} == {
+            (off, "trimmed"), (waiting, "later"),
+        }  # fmt: skip
+    assert (await world.money.held())[0] == 61

@@ -44,11 +44,13 @@ class Office:
     def __init__(self, money: Money, folder: Path) -> None:
         self.money = money
         self.file = folder / "bill.jsonl"
+        self.settings = settings_for("redis://127.0.0.1:1/0", NATS_URL="nats://127.0.0.1:1")
+        self.said: list[str] = []
 
     async def __call__(self, lines: Iterable[str], **options: Any) -> Report:
         self.file.write_text("".join(each + "\n" for each in lines))
         (name,) = [each.tenant for each in await self.money.state.admin.list_tenants(self.money.tenant)]
-        return await run(self.money.state, self.file, Options(tenant=name, **options), lambda _: None)
+        return await run(self.money.state, self.settings, self.file, Options(tenant=name, **options), self.said.append)
 
 
 @pytest.fixture
@@ -154,6 +156,7 @@ async def test_unknown_calls_are_never_posted_unasked(money: Money, office: Offi
     lines = [line(known, 60), line(strange, 500)]
     found = await office(lines)
     assert (found.difference, kinds(found)) == (0, {"right": (1, 0), "unknown": (1, 500)})
+    assert [each[:20] for each in office.said] == ["NATS does not answer"]  # the second copy may have known it
     assert [each["request"] for each in found.unknown.told] == [f"{strange}.1"]
     assert (await money.held())[0] == 60
     (name,) = [each.tenant for each in await money.state.admin.list_tenants(money.tenant)]
