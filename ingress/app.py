@@ -11,10 +11,12 @@ from aiohttp import web
 from ingress import observe
 from ingress.auth import Auth
 from ingress.chat import Chat, Rules
+from ingress.costs import CostsPage
 from ingress.deliver import Desk, Handoff
 from ingress.events import Events
 from ingress.health import Health
 from ingress.leave import Leaving, Times
+from ingress.limiter import Limiter
 from ingress.listener import Listener, allow_connections
 from ingress.middleware import Door, Visit
 from ingress.models import PREFIX, Models
@@ -27,6 +29,8 @@ from shared.settings import Settings
 from shared.wire import errors
 from shared.wire.messages import Cancel, Credit
 
+#: S1-R1, from one address: a scrape each 15 s is 4. The process's own metrics port has no such limit.
+METRICS_A_MINUTE: Final = 10
 METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -122,6 +126,8 @@ class Ingress:
             ready=health.require,
         )
         models = Models(self._auth, catalog.models)
+        self._limiter = Limiter(METRICS_A_MINUTE, time.monotonic)
+        costs = CostsPage(self._auth, self._limiter, ctx.state.registry, ctx.state)
         door.add("POST", "/v1/chat/completions", chat)
         door.add("GET", "/v1/models", models.every)
         door.add("GET", PREFIX, models.one, prefix=True)
@@ -129,11 +135,13 @@ class Ingress:
         door.add("GET", "/ready", health.ready, public=True)
         door.add("GET", "/metrics", self._metrics, public=True)
         door.add("GET", "/metrics/targets", self._targets, public=True)
+        door.add("GET", "/metrics/costs", costs, public=True)
         door.add("GET", "/trace/", self._trace, prefix=True, public=True)
 
     async def _metrics(self, visit: Visit) -> Reply:
         """S1-G01: a tenant's key is not enough."""
         self._auth.admin(visit.request, visit.label)
+        self._limiter.take(visit.request.remote or "")
         return visit.reply(200, self._ctx.metrics.render(), [("Content-Type", METRICS_TYPE)])
 
     async def _targets(self, visit: Visit) -> Reply:

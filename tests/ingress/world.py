@@ -16,6 +16,7 @@ from shared.bus.roster import Roster
 from shared.bus.sender import Sender
 from shared.service import Context
 from shared.state.base import Principal, StateUnavailable
+from shared.state.costs import Costs, Spent
 from shared.telemetry.metrics import Metrics, MetricsServer
 from shared.wire import subjects
 from shared.wire.errors import HotpathError
@@ -64,6 +65,25 @@ class FakeRegistry:
 
     def authenticate(self, token: bytes) -> Principal | None:
         return self.known.get(token)
+
+    def tenants(self) -> list[str]:
+        return [f"t{number:03}" for number in range(60)]
+
+    def name_of(self, tenant: str) -> str:
+        return f"name of {tenant}"
+
+    async def costs(self, tenant: str) -> Costs:
+        """The tracker's part: only t001 has any."""
+        if self.away:
+            raise StateUnavailable
+        spent = Spent(2, 1_500_000_000, 10, 5)
+        if tenant != "t001":
+            return Costs()
+        day = "2026-11-21"
+        return Costs(
+            total=spent, models={"m": spent}, days={day: spent}, by_day={day: {"m": spent}}, alerts={"lifetime:10": 7},
+            since=5,
+        )  # fmt: skip
 
     async def fetch(self, token: bytes) -> Principal | None:
         if self.away:
@@ -194,7 +214,9 @@ class World:
             catalog=catalog,  # type: ignore[arg-type]
             bus=self.bus,
             state=SimpleNamespace(
-                registry=self.registry, clock=SimpleNamespace(now=lambda: int(time.monotonic() * 1000))
+                registry=self.registry,
+                clock=SimpleNamespace(now=lambda: int(time.monotonic() * 1000)),
+                costs=self.registry.costs,
             ),  # type: ignore[arg-type]
             rosters=rosters,
             sender=sender,
