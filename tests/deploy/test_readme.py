@@ -21,8 +21,13 @@ PROSE = [
     for span in re.findall(
         r"(?<!`)`([^`\n]+)`(?!`)", re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE)
     )
-    if re.match(r"(\./deploy/|hotpath |honcho |python |\. \.venv|[A-Z_]+=\S+ python )", span)
+    if re.match(r"(\./deploy/|([A-Z_]+=\S+ )?(\.venv/bin/)?(hotpath|honcho|python) |\. \.venv)", span)
 ]
+
+EDGE = "tests/load/test_edge.py::test_a_thousand_at_once_from_four_processes"
+MACHINE = "tests/state/test_ledger_machine.py::test_the_ledger_equals_the_model"
+OUTAGES = "tests/e2e/test_outages_redis.py::test_outages_in_turn"
+HISTORIES = "LEDGER_SEQUENCES=2000 .venv/bin/python -m pytest -q -s --timeout 3000 tests/state/test_ledger_machine.py"
 
 #: Commands that cannot be run from inside the tests, or need values: the test that runs each.
 ELSEWHERE = {
@@ -46,10 +51,20 @@ ELSEWHERE = {
     "WORKER_ROLES=guardian,routing,provider python -m workers": "tests/deploy/test_honcho.py::test_one_worker_process",
     ".venv/bin/python -m tests.e2e.rounds --rounds 20": "tests/e2e/test_kills.py::test_killed_and_frozen_under_load",
     ".venv/bin/python -m tests.e2e.kill_points --times 3": "tests/e2e/test_kills.py::test_every_kill_point",
+    ".venv/bin/python -m tests.e2e.money --times 10": "tests/e2e/money/test_money_matrix.py::test_lost_answers",
     ".venv/bin/python -m tests.e2e.chaos --minutes 10": "tests/e2e/test_blows.py::test_a_few_seconds_of_chaos",
     ".venv/bin/python -m tests.load slow-reader": "tests/e2e/test_flow.py::test_a_slow_reader",
     ".venv/bin/python -m tests.load stalled": "tests/e2e/test_flow.py::test_stalled_clients",
     ".venv/bin/python -m tests.load soak": "tests/e2e/test_soak.py::test_a_soak",
+    ".venv/bin/hotpath ledger verify": "tests/e2e/money/test_money_matrix.py::test_a_server_killed",
+    "hotpath ledger verify": "tests/e2e/money/test_money_matrix.py::test_a_server_killed",
+    "hotpath ledger rebuild": "tests/e2e/money/test_money_matrix.py::test_redis_one_second_older",
+    "hotpath reconcile": "tests/e2e/money/test_money_matrix.py::test_lost_answers",
+    "hotpath reconcile --bill FILE.jsonl": "tests/e2e/money/test_money_matrix.py::test_lost_answers",
+    ".venv/bin/python -m tests.load edge --rounds 200": EDGE,
+    HISTORIES: MACHINE,
+    "OUTAGES=1 .venv/bin/python -m pytest -q tests/e2e/test_outages_redis.py": OUTAGES,
+    ".venv/bin/python -m pytest -q tests/e2e/test_leaving.py": "tests/e2e/test_leaving.py::test_at_every_event",
     ". .venv/bin/activate": "tests/deploy/test_fresh.py::test_a_fresh_clone",
 }
 

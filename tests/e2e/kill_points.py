@@ -30,6 +30,7 @@ from tests.e2e.books import entries
 from tests.e2e.drive import Client
 from tests.e2e.fleet import Blow, Fleet
 from tests.e2e.invariants import prompt
+from tests.e2e.money.prove import prove
 from tests.e2e.rig import Up
 from tests.e2e.rounds import LEASE_S, SCALE, SPARE_FDS, client_session, make_tenant
 from tests.e2e.sim import Sim
@@ -225,6 +226,7 @@ async def run(
     )
     booked = await asyncio.to_thread(entries, up, made["tenant"])
     verdict.only_the_dead(booked, fleet.dead)
+    counts += await prove(up, made["tenant"], await asyncio.to_thread(sim.bill))
     say(invariants.show(counts))
     return points, counts
 

@@ -79,9 +79,13 @@ class Servers:
     def __init__(self, folder: Path) -> None:
         nats, redis = servers.free_port(), servers.free_port()
         config = folder / "nats.conf"
-        config.write_text(f'listen: "127.0.0.1:{nats}"\nmax_payload: 2MB\nwrite_deadline: "5s"\n')
+        config.write_text(
+            f'listen: "127.0.0.1:{nats}"\nmax_payload: 2MB\nwrite_deadline: "5s"\n'
+            f'jetstream {{ store_dir: "{folder}/jetstream" }}\n'
+        )
         self.nats = Server(servers.nats_command(config), nats, folder / "nats.log")
-        self.redis = Server(servers.valkey_command(folder / "valkey", redis), redis, folder / "valkey.log")
+        self.redis_folder = folder / "valkey"
+        self.redis = Server(servers.valkey_command(self.redis_folder, redis), redis, folder / "valkey.log")
         self.to_nats, self.to_redis = Proxy(nats), Proxy(redis)
 
     def __enter__(self) -> Self:

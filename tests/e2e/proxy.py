@@ -6,6 +6,8 @@
         proxy.throttle(50_000)            bytes per second, each way
         proxy.cut_after(1000, down=True)  every connection is reset once so many more bytes have passed that way
         proxy.half_close(down=True)       FIN one way, the other goes on
+        proxy.lose_answer(b"evalsha...")  the next piece with these bytes goes to the server, its answer does not come
+                                          back: the connection is reset a moment later
         proxy.reset()                     RST to both sides of every connection
         proxy.refuse()                    new connections are reset, open ones are left alone
         proxy.heal()                      everything as it should be, for the connections that are left and new ones
@@ -23,6 +25,8 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Self
 
 PIECE = 65_536
+#: A server has done what it was asked by then.
+DONE_S = 0.05
 _RST = struct.pack("ii", 1, 0)
 
 
@@ -51,6 +55,7 @@ class Proxy:
         self._server: asyncio.Server | None = None
         self.port = 0
         self.accepted = 0
+        self._needle = b""
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -81,6 +86,15 @@ class Proxy:
         """RST once `count` more bytes (of all connections together) have passed; counts once."""
         self._set(lambda way: setattr(way, "left", count), up=up, down=down)
 
+    def lose_answer(self, needle: bytes) -> None:
+        """Of the next piece for the server that has these bytes in it: it is done, and nobody hears of it."""
+        self._needle = needle
+
+    @property
+    def lost(self) -> bool:
+        """Whether that has happened."""
+        return not self._needle
+
     def refuse(self) -> None:
         """Nobody new comes in."""
         self._refuse = True
@@ -96,6 +110,7 @@ class Proxy:
     def heal(self) -> None:
         """No more faults."""
         self._refuse = False
+        self._needle = b""
 
         def mend(way: _Way) -> None:
             way.delay, way.rate, way.swallow, way.left = 0.0, 0.0, False, None
@@ -153,16 +168,32 @@ class Proxy:
             return
         pair = (back, writer)
         self._pairs.add(pair)
+        deaf = asyncio.Event()
         try:
-            await asyncio.gather(self._pump(reader, back, self._up), self._pump(there, writer, self._down))
+            await asyncio.gather(
+                self._pump(reader, back, self._up, deaf, pair), self._pump(there, writer, self._down, deaf)
+            )
         finally:
             self._pairs.discard(pair)
             for side in pair:
                 side.close()
 
-    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, way: _Way) -> None:
+    async def _pump(
+        self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, way: _Way, deaf: asyncio.Event,
+        pair: tuple[asyncio.StreamWriter, ...] = (),
+    ) -> None:  # fmt: skip
         with contextlib.suppress(OSError):
             while piece := await source.read(PIECE):
+                if pair and self._needle and self._needle in piece:
+                    self._needle = b""
+                    deaf.set()
+                    sink.write(piece)
+                    await asyncio.sleep(DONE_S)
+                    for side in pair:
+                        _abort(side)
+                    return
+                if deaf.is_set() and not pair:
+                    continue
                 if way.delay:
                     await asyncio.sleep(way.delay)
                 if way.rate:

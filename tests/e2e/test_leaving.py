@@ -21,6 +21,7 @@ from tests.e2e import invariants
 from tests.e2e.books import OUTPUT_NANO, entries, level
 from tests.e2e.drive import Client, Seen
 from tests.e2e.invariants import Asked
+from tests.e2e.money.prove import prove
 from tests.e2e.rig import Up
 from tests.e2e.sim import Sim, until
 from tests.load import streams
@@ -84,6 +85,7 @@ async def test_at_every_event(up: Up, sim: Sim, tenant: Callable[..., Any], caps
     counts = await invariants.check(up, sim, made, asked, before)
     took = closed_after(sim, left)
     over = excess(up, sim, made["tenant"])
+    counts += await prove(up, made["tenant"], await asyncio.to_thread(sim.bill))
     with capsys.disabled():
         print(f"\n{len(took)} left in mid-stream: upstream closed after {spread(took)} ms (p50, p99, max)")
         print(f"tokens over the bill, of how many: {dict(Counter(over))}")

@@ -283,6 +283,7 @@ async def test_money_fails_open_without_a_limit(rig):
     assert not admission.reserved
     assert admission.status == "degraded"
     assert admission.amount > 0
+    assert admission.day == rig.ctx.state.clock.now() // 86_400_000  # charged to today, whenever it is billed
 
 
 async def test_what_was_given_up_is_not_begun(rig):

@@ -50,8 +50,7 @@ if TYPE_CHECKING:
     from shared.service import Context
 
 RESERVE_MS: Final = 100  # a reserve that runs later than this is refused by the ledger (DESIGN 4)
-
-
+DAY_MS: Final = 86_400_000
 #: Requests a minute: from a person to a batch job.
 VELOCITY: Final = (1.0, 10.0, 60.0, 300.0, 1000.0, 3000.0, 10_000.0, 30_000.0)
 
@@ -286,7 +285,8 @@ class Guardian:
         if pending.principal.limited or self._seen.limited(ask.tenant, ask.user):
             self._refuse(pending, LedgerDown())
         else:
-            self._forward(pending, msgspec.structs.replace(pending.admission, status="degraded"))
+            day = pending.at // DAY_MS  # it is billed later, for today
+            self._forward(pending, msgspec.structs.replace(pending.admission, status="degraded", day=day))
 
     # ---- forwarding --------------------------------------------------------------------------------------------------
 
