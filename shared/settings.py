@@ -124,7 +124,10 @@ class Settings(Struct, frozen=True, kw_only=True):
     ] = 600_000
     ledger_unconfirmed_ms: Annotated[
         Annotated[int, Meta(ge=1000, le=31 * _DAY_MS)],
-        Meta(description="A call whose worker died is posted at its upper bound after this."),
+        Meta(
+            description="A call whose worker died is posted at its upper bound after this; estimated ones are kept as"
+            " long, for the provider's bill."
+        ),
     ] = 86_400_000
     ledger_lease_grace_ms: Annotated[Millis, Meta(description="A reservation's lease outlives its deadline by.")] = (
         10_000

@@ -29,7 +29,7 @@ PAGE: Final = 4096
 
 _LIFETIME: Final = "lifetime"
 _TIMEOUT: Final = 0.5
-_LEARN: Final = load("learn")
+_LEARN: Final = load("learn", "_costs")
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 _pack: Final = msgspec.msgpack.Encoder().encode

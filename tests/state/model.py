@@ -64,6 +64,11 @@ class Entry:
     forget_at: int = 0
 
     @property
+    def span(self) -> int:
+        """How long it is remembered once nothing is held: what was counted by us, until a bill may come."""
+        return UNCONFIRMED if any(call.estimated for call in self.calls) else TOMBSTONE
+
+    @property
     def last(self) -> Call | None:
         return max(self.calls, key=lambda call: call.number, default=None)
 
@@ -295,7 +300,7 @@ class Model:
             status = "overrun"
         entry.state, call.state, call.cost, call.estimated = "called", "settled", cost, estimated
         self.bill[rid, self.forgotten[rid], number] = Posting(cost, entry.account)
-        entry.forget_at = max(self.now + TOMBSTONE, entry.deadline + GRACE)
+        entry.forget_at = max(self.now + entry.span, entry.deadline + GRACE)
         return status
 
     def void(self, rid: str, delivery: int, instance: str, lowest: int, key: str = "", user: str = "") -> str:
@@ -313,7 +318,7 @@ class Model:
             return "kept"
         else:
             entry.state, entry.voided = "voided", max(entry.voided, delivery)
-        entry.forget_at = max(self.now + TOMBSTONE, entry.deadline + GRACE)
+        entry.forget_at = max(self.now + entry.span, entry.deadline + GRACE)
         return "voided"
 
     # ---- time --------------------------------------------------------------------------------------------------------
@@ -344,7 +349,7 @@ class Model:
             held = entry.holds()
             self._lapse(rid, entry)
             if held:
-                entry.forget_at = max(self.now + TOMBSTONE, entry.deadline + GRACE)
+                entry.forget_at = max(self.now + entry.span, entry.deadline + GRACE)
             else:
                 del self.entries[rid]
                 self.forgotten[rid] += 1

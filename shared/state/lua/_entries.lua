@@ -17,11 +17,20 @@ local function due(entry)
   return first
 end
 
+-- How long the entry is remembered once nothing is held. What was counted by us as long as what is unconfirmed: a
+-- provider's bill comes hours later, and reconcile has to find the calls that it corrects.
+local function span(entry)
+  for i = CALLS + 1, #entry do
+    if entry[i][ESTIMATED] == 1 then return math.max(tombstone, unconfirmed) end
+  end
+  return tombstone
+end
+
 -- A tombstone is kept past the deadline, whatever its span: until then a late duplicate could begin anew (I7).
 local function save(id, entry, rescore)
   redis.call('HSET', entries, id, cmsgpack.pack(entry))
   if not rescore then return end
-  local at = due(entry) or math.max(now + tombstone, entry[DEADLINE] + grace)
+  local at = due(entry) or math.max(now + span(entry), entry[DEADLINE] + grace)
   redis.call('ZADD', leases, string.format('%.0f', at), id)
 end
 
