@@ -81,12 +81,11 @@ class RedisCosts:
         """
         page, bit = divmod(batch.number, PAGE)
         given = {
-            "bit": bit, "ttl": self._keep_ms, "batch": f"{batch.instance}.{batch.number}", "tiers": TIERS,
-            "limits": DAILY_LIMITS, "most": MAX_MODELS, "days": DAYS_KEPT, **_counted(records, each=batch.late),
+            "page": f"{batch.instance}:{page}", "bit": bit, "ttl": self._keep_ms,
+            "batch": f"{batch.instance}.{batch.number}", "tiers": TIERS, "limits": DAILY_LIMITS,
+            "most": MAX_MODELS, "days": DAYS_KEPT, **_counted(records, each=batch.late),
         }  # fmt: skip
-        names = (
-            keys.balances(tenant), keys.costs(tenant), keys.seen(tenant, batch.instance, page), keys.late(tenant)
-        )  # fmt: skip
+        names = (keys.balances(tenant), keys.costs(tenant), keys.seen(tenant), keys.late(tenant))
         _first, *told = await self._run(_LEARN, names, (_pack(given),), _TIMEOUT)
         return [_alert(tenant, *map(bytes.decode, each)) for each in told]
 

@@ -67,11 +67,9 @@ def costs(tenant: str) -> bytes:
     return f"{_tag(tenant)}:cost".encode()
 
 
-def seen(tenant: str, instance: str, page: int) -> bytes:
-    """String: a bit for each batch of usage records of one process, a page of them (lua/learn.lua)."""
-    if not OPAQUE.fullmatch(instance):
-        raise ValueError(f"not an instance: {instance[:80]!r}")
-    return f"{_tag(tenant)}:seen:{instance}:{page}".encode()
+def seen(tenant: str) -> bytes:
+    """Hash: <instance>:<page> -> a bit for each batch of usage records of that process (lua/learn.lua)."""
+    return f"{_tag(tenant)}:seen".encode()
 
 
 def late(tenant: str) -> bytes:

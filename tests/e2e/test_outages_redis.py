@@ -11,6 +11,7 @@ reservation is left, nobody is refused for money that was never spent.
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ import pytest
 import redis as redis_py
 
 from deploy import servers
-from tests.e2e import invariants
+from tests.e2e import books, invariants
 from tests.e2e.drive import Client
 from tests.e2e.outage import (
     SETTINGS,
@@ -429,6 +430,51 @@ def strict_start(up: Up, redis_url: str) -> int:
     return subprocess.run(
         [sys.executable, "-c", script], env=env, capture_output=True, timeout=20, check=False
     ).returncode
+
+
+async def test_both_away_and_the_provider_killed(
+    around: Servers, up: Up, sim: Sim, tenant: Callable[..., Any], http: Any
+) -> None:
+    """DESIGN 4: what neither Redis nor JetStream took is on disk; whoever lives publishes the spool of the dead, and a
+    guardian posts each record, once, at exactly the provider's bill."""
+    made = await asyncio.to_thread(tenant)
+    client = Client(http, up.url, made["key"])
+    assert (await client.chat("x")).ended_well
+    before = len(await asyncio.to_thread(books.entries, up, made["tenant"]))
+    asking = [asyncio.ensure_future(client.chat("[[sim chunks=40 pace=40]]", stream=True)) for _ in range(12)]
+    await asyncio.sleep(0.8)  # each streams, and has as much to go
+    around.nats.end()
+    around.redis.end()
+    seen = await asyncio.gather(*asking)
+    rids = {one.rid for one in seen if one.rid}
+    assert len(rids) == 12, seen
+    spool = up.data / "spool"
+    await eventually(lambda: rids <= spooled(spool), 8.0, "on disk")
+    os.kill(up.run["pids"]["provider"][0], signal.SIGKILL)
+    around.redis.start()
+    around.nats.start()
+    await eventually(lambda: not spooled(spool), 8.0, "collected")
+
+    def posted() -> bool:
+        found = books.entries(up, made["tenant"])
+        return len(found) == 12 + before and {entry.state for entry in found.values()} == {"settled"}
+
+    await eventually(posted, 5.0, "posted")
+    found = await asyncio.to_thread(books.entries, up, made["tenant"])
+    for rid in rids:
+        [bill] = sim.lines(rid)
+        assert (found[f"{rid}.1"].cost, found[f"{rid}.1"].estimated) == (bill["cost_nano_usd"], False), bill
+    level = await asyncio.to_thread(books.level, up, made["tenant"])
+    assert (level["settled"], level["pending"]) == (sum(entry.cost for entry in found.values()), 0)
+
+
+def spooled(folder: Path) -> set[str]:
+    """The rids in the spool's files."""
+    try:
+        data = b"".join(path.read_bytes() for path in folder.iterdir())
+    except FileNotFoundError:  # not made yet, or collected meanwhile
+        return set()
+    return {found.decode() for found in re.findall(rb"[0-9a-f]{32}", data)}
 
 
 async def test_a_fleet_that_boots_before_its_redis(tmp_path: Path, http: Any) -> None:

@@ -10,6 +10,7 @@ from shared.state.base import RATIO_ONE
 from shared.state.costs import USD, Alert, Spent
 from shared.state.redis import State
 from shared.wire.records import UsageBatch, UsageRecord
+from tests.state.conftest import Connect
 from tests.state.rig import Money, new_rid
 
 TODAY = 20_000  # 2024-10-04
@@ -180,8 +181,16 @@ async def test_lost_balances_do_not_look_like_some(state: State, tracker: Tracke
     assert await state.ledger.levels(tenant=tracker.tenant) == {}
 
 
-async def test_the_bitmaps_go(state: State, tracker: Tracker) -> None:
-    """I8: what tells a repetition lives as long as one may come."""
-    await tracker.learn(tracker.record())
-    left = await state.ledger._pipeline.execute(b"PTTL", keys.seen(tracker.tenant, tracker.instance, 0), within=1)
-    assert 0 < left <= 7_200_000
+async def test_what_tells_a_repetition_lives_as_long_as_one_may_come(connect: Connect, valkey_url: str) -> None:
+    """I8: pages not written for that long go when another begins, the rest with the tenant's last batch."""
+    state = await connect(valkey_url, USAGE_RETENTION_MS="1000")
+    tracker = Tracker(state, "t" + secrets.token_hex(6))
+    execute, seen = state.ledger._pipeline.execute, keys.seen(tracker.tenant)
+    for number in (1, costs.PAGE):
+        await tracker.learn(tracker.record(), number=number)
+    assert await execute(b"HLEN", seen, within=1) == 2
+    field, raw = f"{tracker.instance}:0".encode(), await execute(b"HGET", seen, f"{tracker.instance}:0", within=1)
+    await execute(b"HSET", seen, field, b"%013d" % (int(raw[:13]) - 2001) + raw[13:], within=1)
+    await tracker.learn(tracker.record(), number=2 * costs.PAGE)
+    assert sorted(await execute(b"HKEYS", seen, within=1)) == [f"{tracker.instance}:{n}".encode() for n in (1, 2)]
+    assert 0 < await execute(b"PTTL", seen, within=1) <= 2000

@@ -21,9 +21,27 @@ local function size(map)
   return count
 end
 
+-- Whether the batch comes for the first time. Pages that were not written for so long are dropped when one begins.
+local function unseen()
+  local raw = redis.call('HGET', seen, given.page)
+  local bits, at, mask = raw and string.sub(raw, 14) or '', math.floor(given.bit / 8), 2 ^ (given.bit % 8)
+  if not raw then
+    local pages, oldest = redis.call('HGETALL', seen), tonumber(now) - given.ttl
+    for i = 1, #pages, 2 do
+      if tonumber(string.sub(pages[i + 1], 1, 13)) < oldest then redis.call('HDEL', seen, pages[i]) end
+    end
+  end
+  bits = bits .. string.rep('\0', at + 1 - #bits)
+  local byte = string.byte(bits, at + 1)
+  local new = math.floor(byte / mask) % 2 == 0
+  if new then bits = string.sub(bits, 1, at) .. string.char(byte + mask) .. string.sub(bits, at + 2) end
+  redis.call('HSET', seen, given.page, now .. bits)
+  redis.call('PEXPIRE', seen, given.ttl)
+  return new
+end
+
 -- Whether this batch, or this late record, is counted now.
-local first = redis.call('SETBIT', seen, given.bit, 1) == 0
-redis.call('PEXPIRE', seen, given.ttl)
+local first = unseen()
 local fresh, late = {['']=first}, false
 local function counts(id)
   if fresh[id] == nil then fresh[id], late = redis.call('ZADD', lates, 'NX', now, id) == 1, true end

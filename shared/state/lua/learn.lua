@@ -3,15 +3,15 @@
 --
 -- What one usage batch says of one tenant: its output/input ratio (S2-10), what each model cost (S1-H2), and the spend
 -- tiers and daily limits it crosses (S1-M1). A batch that comes again counts once, and so does a late record.
--- ARGV[1] msgpack {bit: number of the batch in its page, ttl: ms for which repetitions are known, batch: its name,
---         samples: {{id, input estimate, output tokens}...} in order, models: {{date, model, id, requests, cost, input
+-- ARGV[1] msgpack {page, bit: of the batch among those of its process, ttl: ms for which repetitions are known,
+--         batch: its name, samples: {{id, input estimate, output tokens}...} in order, models: {{date, model, id, requests, cost, input
 --         tokens, output tokens}...}, tiers, limits: nano-USD, ascending, most: models at most, days: days kept};
 --         id: of a late record, which may stand in several batches, else ''
 -- KEYS[1] balances  hash    field ratio -> the ratio x 1,000,000
 -- KEYS[2] costs     hash    total -> msgpack {requests, cost, input, output}; models -> msgpack {model: the same}
 --                           d:<date> -> msgpack {total, {model: the same}}, models beyond the bound under "*";
 --                           since -> ms; a:<alert> -> "<ms> <batch>": when it was crossed, and by which batch
--- KEYS[3] seen      string  a bit for each batch of one page of one process
+-- KEYS[3] seen      hash    <process>:<page> -> ms of the last write (13 digits), and a bit for each batch
 -- KEYS[4] late      zset    id of a late record -> ms when it was counted
 -- Returns {first time (1|0), {alert, amount, spend}...}: the alerts that this batch crossed, told again if it comes again
 local ratio
