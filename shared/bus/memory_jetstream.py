@@ -109,6 +109,8 @@ class MemoryJetStream:
             if verb == "MSG":
                 return False  # nobody listens there: 503
             self._fail(reply, 10059, "stream not found")
+        elif kind == "STREAM" and verb == "DELETE":
+            del self.streams[name]
         elif kind == "STREAM":
             self._stream(verb, stream, payload, reply)
         else:

@@ -105,15 +105,11 @@ class _File:
             raise
 
     def append(self, data: bytes) -> None:
-        """On disk when it returns. Raises OSError: nothing of it is left in the file then, if that can be had."""
-        try:
-            written = 0
-            while written < len(data):
-                written += os.write(self.descriptor, data[written:])
-            os.fsync(self.descriptor)
-        except OSError:
-            os.ftruncate(self.descriptor, self.size)
-            raise
+        """On disk when it returns. Raises OSError: a part of it may be there, and nothing may come behind it."""
+        written = 0
+        while written < len(data):
+            written += os.write(self.descriptor, data[written:])
+        os.fsync(self.descriptor)
         self.size += len(data)
 
 

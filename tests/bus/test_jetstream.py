@@ -17,6 +17,7 @@ from shared.bus.memory import Broker
 from shared.bus.memory_jetstream import MemoryJetStream
 from shared.bus.nats import NatsBus
 from shared.bus.stored import Stored, StreamPlan, StreamUnavailable
+from shared.wire import subjects
 from tests.bus.conftest import Server
 
 WAIT: Final = 2.0
@@ -176,6 +177,22 @@ async def test_old_messages_go(world: World) -> None:
         while (await stream.state()).messages:
             await asyncio.sleep(0.05)
     assert await everything(stream) == []
+
+
+async def test_one_that_is_gone_is_made_anew(world: World) -> None:
+    """A NATS that came back without its disk: the first to publish notices, and its consumer is made again too."""
+    stream, consumer = await world.consumer()
+    await stream.publish(b"a", WAIT)
+    assert len(await take(consumer, 1)) == 1
+    bus, _ = await world.bus()
+    bus.publish(subjects.jetstream("STREAM.DELETE", world.plan.name), b"")
+    await bus.flush()
+    with pytest.raises(StreamUnavailable):
+        await stream.publish(b"b", 0.5)
+    await there(stream)
+    consumer.again()
+    await stream.publish(b"c", WAIT)
+    assert [stored.payload for stored in await take(consumer, 1)] == [b"c"]
 
 
 async def test_whoever_comes_first_makes_it_and_the_plan_is_brought_to_date(

@@ -3,8 +3,10 @@
 import asyncio
 import os
 import signal
+import stat
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -171,6 +173,55 @@ async def test_a_disk_that_is_full_says_so_and_takes_again_when_it_is_not(
     taking = collector(tmp_path, stream)
     await taking.collect()
     assert sorted(stream.stored) == [b"one", b"three"]
+    await taking.close()
+
+
+async def test_nobody_goes_on_before_it_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes meanwhile shares the next fsync; a disk that hangs is as good as none."""
+    real, may, calls = os.fsync, threading.Event(), []
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            calls.append(os.fstat(descriptor).st_size)
+            may.wait(5)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    spool = Spool(tmp_path, "inst")
+    first = asyncio.ensure_future(spool.append(b"one"))
+    async with asyncio.timeout(5):
+        while not calls:
+            await asyncio.sleep(0.005)
+    others = [asyncio.ensure_future(spool.append(b"%d" % number)) for number in range(20)]
+    await asyncio.sleep(0.05)
+    assert not first.done()
+    may.set()
+    await asyncio.gather(first, *others)
+    assert len(calls) == 2
+    monkeypatch.setattr(module, "APPEND_S", 0.05)
+    may.clear()
+    with pytest.raises(SpoolFailed, match="in time"):
+        await spool.append(b"x")
+    may.set()
+    await spool.close()
+
+
+async def test_a_file_that_another_one_has_just_deleted_is_nobodys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the opening and the lock its owner published it and deleted it."""
+    (tmp_path / "dead.1").write_bytes(frame(b"one"))
+    real = module._lock
+
+    def lock(descriptor: int) -> bool:
+        (tmp_path / "dead.1").unlink(missing_ok=True)
+        return real(descriptor)
+
+    monkeypatch.setattr(module, "_lock", lock)
+    stream = Stream()
+    taking = collector(tmp_path, stream)
+    await taking.collect()
+    assert stream.stored == []
     await taking.close()
 
 
