@@ -9,6 +9,9 @@ from typing import Final
 from aiohttp import web
 
 from ingress import observe
+from ingress.admin.resources import Resources
+from ingress.admin.router import Router
+from ingress.admin.server import AdminServer
 from ingress.auth import Auth
 from ingress.chat import Chat, Rules
 from ingress.costs import CostsPage
@@ -69,6 +72,8 @@ class Ingress:
         self._events = Events(ctx.log, time.monotonic)
         self._auth = Auth(ctx.state.registry, settings.admin_api_key, self._events, ctx.state.clock.now)
         ctx.bus_listeners.append(self._replies.on_bus)
+        router = Router(Resources(ctx.state.operations), self._auth, self._tally, ctx.state.registry.refresh_soon)
+        self._admin = AdminServer(settings, router, ctx.log)
         self._add_routes(ctx, door)
         self._add_metrics(ctx)
         await self._replies.start()
@@ -85,6 +90,7 @@ class Ingress:
         self._listener = Listener(settings)
         await self._listener.start(self._server)
         self.port = self._listener.port
+        await self._admin.start()
 
     def _connections(self, wanted: int) -> int:
         """So many as there are descriptors for: above them nothing could be accepted, and nobody be told so."""
@@ -181,6 +187,8 @@ class Ingress:
             "bad_batches": ("Batches that could not be read", lambda: float(replies.bad_batches)),
         }
         ctx.metrics.registry.register(self._tally)
+        listening = ctx.metrics.gauge("admin_listening", "1 while this process has the admin API's port")
+        listening.set_function(lambda: float(self._admin.listening))
         held, desk = ctx.metrics.held, self._desk
         held("exchanges", lambda: len(desk.exchanges))
         held("timers", lambda: len(desk.wheel))
@@ -193,6 +201,7 @@ class Ingress:
         """See leave.py; then nothing listens and no connection is open."""
         assert self._door is not None
         settings = self._ctx.settings
+        await self._admin.close()
         leaving = Leaving(
             door=self._door, desk=self._desk, server=self._server, listener=self._listener,
             siblings=self._ctx.rosters["ingress"], log=self._ctx.log,

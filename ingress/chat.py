@@ -8,13 +8,14 @@ from typing import Final, Literal
 from aiohttp import web
 from msgspec import Struct
 
+from ingress import body as bodies
 from ingress import render
 from ingress.auth import Auth
 from ingress.deliver import Desk, Exchange
 from ingress.events import Events
 from ingress.middleware import Visit
 from ingress.observe import ColdStart, Trace, Traces
-from ingress.protocol import Connection, Reply
+from ingress.protocol import Reply
 from ingress.sinks import Live, Whole
 from shared.core.money import usd_to_nano
 from shared.core.stream import Fail, Finish, Limits
@@ -26,10 +27,6 @@ from shared.wire.openai import ChatRequest, parse_chat
 Done = Literal["inline", "append", "comment"]
 DONE_FORMS: Final[dict[str, Done]] = {"inline": "inline", "append": "append", "comment": "comment"}
 
-#: `utf8` and a semicolon without a parameter are not as the RFC has them, and are sent.
-_JSON_TYPE: Final = re.compile(
-    r"application/json[ \t]*(;[ \t]*(charset=\"?(utf-?8|us-ascii)\"?[ \t]*;?[ \t]*)?)?\Z", re.IGNORECASE
-)
 _DIGITS: Final = re.compile(r"[0-9]{1,12}\Z")
 
 
@@ -74,8 +71,8 @@ class Chat:
         principal = await self._auth.tenant(request, visit.label)
         visit.door.share(visit, principal.tenant)
         visit.stage("auth")
-        self._check_type(request)
-        body = await self._read(visit)
+        bodies.check_type(request)
+        body = await bodies.read(visit, self._rules.max_body, self._rules.body)
         visit.stage("read")
         chat = parse_chat(body)
         visit.stage("parse")
@@ -94,56 +91,6 @@ class Chat:
         return await self._serve(visit, chat, self._ask(visit, principal, chat, timeout_ms, done, most))
 
     # ---- before the hand-over ----------------------------------------------------------------------------------------
-
-    @staticmethod
-    def _check_type(request: web.BaseRequest) -> None:
-        """S1-R4; nothing is ever decompressed here (faults 46). Raises UnsupportedMedia."""
-        given = request.headers.get("Content-Type", "")
-        if given != render.JSON and not _JSON_TYPE.match(given):
-            raise errors.UnsupportedMedia
-        if request.headers.get("Content-Encoding", "identity").lower() != "identity":
-            raise errors.UnsupportedMedia
-
-    async def _read(self, visit: Visit) -> bytes:
-        """The body, bounded. Raises TooLarge, ClientError."""
-        request = visit.request
-        limit = self._rules.max_body
-        length = request.content_length
-        if length is not None and length > limit:
-            raise self._too_large(visit)
-        content = request.content
-        if content.is_eof():  # it came with the head, as nearly all do
-            body = content.read_nowait(-1)
-            if len(body) > limit:
-                raise self._too_large(visit)
-            return body
-        if "Expect" in request.headers and not visit.http10:  # RFC 9110 10.1.1: HTTP/1.0 knows none
-            self._expect(visit)
-        parts: list[bytes] = []
-        size = 0
-        try:
-            async with asyncio.timeout(self._rules.body):
-                while part := await content.readany():
-                    parts.append(part)
-                    size += len(part)
-                    if size > limit:
-                        raise self._too_large(visit)
-        except TimeoutError as error:
-            visit.keep = False
-            raise errors.ClientError(f"The request body did not arrive within {self._rules.body:g} s.") from error
-        return b"".join(parts)
-
-    def _too_large(self, visit: Visit) -> errors.TooLarge:
-        visit.keep = False  # the rest of the body is not worth reading
-        return errors.TooLarge(f"The request body is larger than {self._rules.max_body} bytes.")
-
-    @staticmethod
-    def _expect(visit: Visit) -> None:
-        """RFC 9110 10.1.1. Raises ClientError."""
-        if visit.request.headers.get("Expect", "").lower() != "100-continue":
-            visit.keep = False
-            raise errors.ClientError("The only expectation served is: Expect: 100-continue.")
-        _connection(visit).write(render.CONTINUE)
 
     def _timeout_ms(self, request: web.BaseRequest, stream: bool) -> int:
         """S1-G03: X-Timeout-Ms, clamped; what is not a whole number is refused. Raises ClientError."""
@@ -216,7 +163,7 @@ class Chat:
 
     def _live(self, visit: Visit, exchange: Exchange) -> Live:
         return Live(
-            _connection(visit),
+            bodies.connection(visit),
             visit.fields(),
             http10=visit.http10,
             keep=visit.keep,
@@ -270,9 +217,3 @@ def _max_estimate(request: web.BaseRequest) -> int:
         raise errors.ClientError(
             f"{headers.MAX_ESTIMATE} must be one amount in USD such as 0.05: digits, at most nine after the point."
         ) from error
-
-
-def _connection(visit: Visit) -> Connection:
-    connection = visit.request.protocol
-    assert isinstance(connection, Connection)
-    return connection

@@ -53,6 +53,11 @@ class Settings(Struct, frozen=True, kw_only=True):
     gateway_host: Annotated[str, Meta(description="Address the ingress listens on.")] = "127.0.0.1"
     gateway_port: Annotated[Port, Meta(description="Port the ingress listens on.")] = 8080
     hotpath_listen_fd: Annotated[Descriptor, Meta(description="Listening socket handed down by `hotpath up`.")] = -1
+    admin_host: Annotated[str, Meta(description="Address of the admin API.")] = "127.0.0.1"
+    admin_port: Annotated[
+        Port, Meta(description="Port of the admin API; 0 = a free one for each ingress (it logs which).")
+    ] = 8081
+    hotpath_admin_fd: Annotated[Descriptor, Meta(description="Its listening socket, from `hotpath up`.")] = -1
     hotpath_ready_fd: Annotated[Descriptor, Meta(description="Where a role writes its ready line; -1 = nowhere.")] = -1
     hotpath_together: Annotated[bool, Meta(description="Starts with the whole fleet: set by `hotpath up`.")] = False
     hotpath_data: Annotated[str, Meta(description="Folder for what `hotpath up` keeps.")] = ".hotpath"

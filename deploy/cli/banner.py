@@ -15,6 +15,7 @@ VARIABLE: Final = "GATEWAY_API_KEY"
 
 _TEXT: Final = """
 Hotpath is ready on {url}    (Ctrl-C drains and stops everything; details: {run})
+The admin API is on {admin}    (its key: ADMIN_API_KEY in {secrets}; what it has: /openapi.json)
 
   {label}   {key}
 
@@ -43,6 +44,8 @@ async def text(plan: Plan) -> str:
         label="your key" if given else "demo key",
         key=key,
         run=plan.data / "run.json",
+        admin=plan.admin_url,
+        secrets="the environment" if plan.admin_key_given else plan.data / "secrets.env",
         model=json.dumps(model),
         curl=curl(plan.url, key, model),
         imports="import os; from openai import OpenAI" if given else "from openai import OpenAI",

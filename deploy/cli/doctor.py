@@ -17,6 +17,7 @@ from shared.catalog import CatalogError
 from shared.catalog import load as load_catalog
 from shared.settings import SECRETS, Settings, SettingsError
 from shared.settings import load as load_settings
+from shared.telemetry.metrics import loopback
 
 #: Python versions the lock file is made for.
 PYTHONS: Final = ((3, 11), (3, 13))
@@ -98,6 +99,7 @@ def _catalogue(where: Where) -> Iterator[Check]:
 async def _running(where: Where, settings: Settings) -> list[Check]:
     checks: list[Coroutine[Any, Any, list[Check]]] = [
         _gateway(where, settings),
+        _admin(where, settings),
         _nats(where, settings),
         _redis(settings),
     ]
@@ -117,6 +119,23 @@ async def _gateway(where: Where, settings: Settings) -> list[Check]:
     if not status:
         return [_check("gateway", "fail", f"{url} does not answer", f"hotpath up, or delete {where.data}/run.json")]
     return [_check("gateway", "fail", f"{url}/ready says {status}: {_short(body)}", f"look into {where.data}/logs")]
+
+
+async def _admin(where: Where, settings: Settings) -> list[Check]:
+    """Whether the admin API answers, and whom it lets in."""
+    name = "admin API"
+    if where.run is None:
+        if settings.admin_port and not envfile.free(settings.admin_port):
+            do = "stop what listens there, or set ADMIN_PORT"
+            return [_check(name, "warn", f"port {settings.admin_port} is taken", do)]
+        return []
+    url = where.run.get("admin_url", "")
+    status, _ = await get(url, "/openapi.json", settings.admin_api_key)
+    if status != 200:
+        return [_check(name, "fail", f"{url} says {status or 'nothing'}", f"look into {where.data}/logs")]
+    if not loopback(settings.admin_host):
+        return [_check(name, "warn", f"{url} is open to other machines", "put TLS in front, or ADMIN_HOST=127.0.0.1")]
+    return [_check(name, "ok", f"{url} answers")]
 
 
 def _short(body: bytes) -> str:

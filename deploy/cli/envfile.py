@@ -18,9 +18,18 @@ NATS_PORT: Final = 4222
 REDIS_PORT: Final = 6379
 SIMULATOR_PORT: Final = 8090
 GATEWAY_PORT: Final = 8080
+ADMIN_PORT: Final = 8081
 
 #: Passed through from the environment where they are set.
-_GIVEN: Final = ("HOTPATH_CATALOG", "OPENAI_API_KEY", "GATEWAY_HOST", "WORKER_ROLES", "METRICS_HOST", "LOG_LEVEL")
+_GIVEN: Final = (
+    "HOTPATH_CATALOG",
+    "OPENAI_API_KEY",
+    "GATEWAY_HOST",
+    "ADMIN_HOST",
+    "WORKER_ROLES",
+    "METRICS_HOST",
+    "LOG_LEVEL",
+)
 
 
 def free(port: int) -> bool:
@@ -50,6 +59,7 @@ def lines(data: str, env: Mapping[str, str] | None = None) -> dict[str, str]:
     found["HOTPATH_DATA"] = str(directory)
     found |= {name: env[name] for name in _GIVEN if env.get(name)}
     found["GATEWAY_PORT"] = env.get("GATEWAY_PORT") or str(_port(GATEWAY_PORT))
+    found["ADMIN_PORT"] = env.get("ADMIN_PORT") or str(_port(ADMIN_PORT))
     if where.run is not None:
         found |= _nats(env.get("NATS_URL") or where.run["nats_url"], secrets)
         found["REDIS_URL"] = where.run["redis_url"]

@@ -26,6 +26,9 @@ STREAMING: Final = frozenset({"ingress", "provider"})  # roles that hold streams
 SERVER_S: Final = 5.0  # for NATS and the simulator, which hold nothing
 MARGIN_S: Final = 10.0  # a drain that takes its whole time still closes its connections and ends by itself
 
+#: The sockets handed down to each ingress: the gateway's and the admin API's.
+_HANDED: Final = ("HOTPATH_LISTEN_FD", "HOTPATH_ADMIN_FD")
+
 Missing = servers.ServerMissing
 
 
@@ -39,14 +42,25 @@ class Plan:
     loadgen_nats_url: str
     redis_url: str
     simulator_url: str | None
+    admin_url: str
     api_key: str
     api_key_given: bool  # by the environment: then it is the operator's secret, not a demo key to be shown
     admin_key: str
+    admin_key_given: bool
     data: Path
 
     def run_fields(self) -> dict[str, Any]:
         """The fixed part of run.json."""
-        names = ("url", "nats_url", "loadgen_nats_url", "redis_url", "simulator_url", "api_key", "admin_key")
+        names = (
+            "url",
+            "nats_url",
+            "loadgen_nats_url",
+            "redis_url",
+            "simulator_url",
+            "api_key",
+            "admin_key",
+            "admin_url",
+        )
         return {name: getattr(self, name) for name in names}
 
 
@@ -118,7 +132,7 @@ def provider_keys(catalogue: str) -> set[str]:
 
 
 def plan(
-    *, env: Mapping[str, str], data: Path, secrets: Mapping[str, str], listener: socket.socket,
+    *, env: Mapping[str, str], data: Path, secrets: Mapping[str, str], listener: socket.socket, admin: socket.socket,
     roles: Mapping[str, list[str]], scale: Mapping[str, int], simulator: bool,
 ) -> Plan:  # fmt: skip
     """Servers first, then the simulator and the roles: all are started at once, and the roles wait for what they need.
@@ -126,14 +140,17 @@ def plan(
     Raises ServerMissing, SettingsError, ValueError (a path that cannot stand in a configuration file).
     """
     host, port = listener.getsockname()[:2]
+    admin_host, admin_port = admin.getsockname()[:2]
     own = {**env, **{name: secrets[name] for name in ("GATEWAY_API_KEY", "KEY_PEPPER", "ADMIN_API_KEY")}}
     own |= {"HOTPATH_DATA": str(data), "GATEWAY_PORT": str(port), "HOTPATH_LISTEN_FD": str(listener.fileno())}
+    own |= {"ADMIN_PORT": str(admin_port), "HOTPATH_ADMIN_FD": str(admin.fileno())}
     settings = load_settings(own)
     result = Plan(
         url=url_of(host, port), nats_url=env.get("NATS_URL", ""), redis_url=env.get("REDIS_URL", ""),
         loadgen_nats_url=env.get("NATS_URL_LOADGEN") or env.get("NATS_URL", ""),
-        simulator_url=None, api_key=secrets["GATEWAY_API_KEY"], api_key_given="GATEWAY_API_KEY" in env,
-        admin_key=secrets["ADMIN_API_KEY"], data=data,
+        simulator_url=None, admin_url=url_of(admin_host, admin_port),
+        api_key=secrets["GATEWAY_API_KEY"], api_key_given="GATEWAY_API_KEY" in env,
+        admin_key=secrets["ADMIN_API_KEY"], admin_key_given="ADMIN_API_KEY" in env, data=data,
     )  # fmt: skip
     if not result.nats_url:
         own |= _add_nats(result, env, secrets, settings)
@@ -143,8 +160,8 @@ def plan(
         own["HOTPATH_CATALOG"] = str(Path(env["HOTPATH_CATALOG"]).resolve())
     elif simulator and wants_simulator(env):
         own["HOTPATH_CATALOG"] = _add_simulator(result, env)
-    own["HOTPATH_LISTEN_FD"] = "-1"
-    _add_roles(result, own, listener.fileno(), settings, roles, scale)
+    own |= dict.fromkeys(_HANDED, "-1")
+    _add_roles(result, own, (listener.fileno(), admin.fileno()), settings, roles, scale)
     return result
 
 
@@ -213,18 +230,16 @@ def _add_simulator(result: Plan, env: Mapping[str, str]) -> str:
 
 
 def _add_roles(
-    result: Plan, env: Mapping[str, str], fd: int, settings: Settings,
+    result: Plan, env: Mapping[str, str], fds: tuple[int, int], settings: Settings,
     roles: Mapping[str, list[str]], scale: Mapping[str, int],
 ) -> None:  # fmt: skip
     path = f"{os.path.dirname(sys.executable)}{os.pathsep}{env.get('PATH', os.defpath)}"  # noqa: PTH120 - of the venv, not what it links to
     held = provider_keys(env.get("HOTPATH_CATALOG") or settings.hotpath_catalog)
     for role, command in roles.items():
         listens = role == "ingress"
-        own = {
-            **own_env(role, env, settings.roles(), held),
-            "PATH": path,
-            "HOTPATH_LISTEN_FD": str(fd) if listens else "-1",
-        }
+        own = {**own_env(role, env, settings.roles(), held), "PATH": path}
+        if listens:
+            own |= dict(zip(_HANDED, map(str, fds), strict=True))
         for number in range(1, scale[role] + 1):
             result.specs.append(
                 Spec(
@@ -235,7 +250,7 @@ def _add_roles(
                     log=_log(result.data, role, number),
                     order=ORDER.get(role, OTHER),
                     grace=settings.drain_s(streams=role in STREAMING) + SETTLE_S + MARGIN_S,
-                    fds=(fd,) if listens else (),
+                    fds=fds if listens else (),
                     rolls=True,
                 )
             )

@@ -75,6 +75,17 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def listen_admin(host: str, port: int, screen: Screen) -> socket.socket:
+    """The admin API's. Whoever needs a fixed port is told that it is another one; a second Hotpath on this machine is
+    no reason not to start. Raises OSError for an address that is not this machine's."""
+    try:
+        return listen(host, port)
+    except OSError:
+        found = listen(host, 0)
+        screen.say(f"ADMIN_PORT {port} is taken: the admin API is on port {found.getsockname()[1]}")
+        return found
+
+
 def lock(data: Path, screen: Screen) -> int:
     """Lock the data directory. Raises OSError when another `hotpath up` runs on it."""
     end = time.monotonic() + LOCK_WAIT_S
@@ -172,13 +183,15 @@ async def _run(plan: fleet.Plan, run_file: RunFile, screen: Screen, lock_fd: int
     return 0
 
 
-def prepare(arguments: argparse.Namespace, env: Mapping[str, str], data: Path, listener: socket.socket) -> fleet.Plan:
+def prepare(
+    arguments: argparse.Namespace, env: Mapping[str, str], data: Path, listener: socket.socket, admin: socket.socket
+) -> fleet.Plan:
     """Decide and write everything that is needed before the first process starts."""
     (data / "logs").mkdir(exist_ok=True)
     secrets = credentials.ensure(data / "secrets.env", env)
     roles = procfile.parse(Path(arguments.procfile or procfile.ROOT / "Procfile").read_text("utf-8"))
     return fleet.plan(
-        env=env, data=data, secrets=secrets, listener=listener, roles=roles,
+        env=env, data=data, secrets=secrets, listener=listener, admin=admin, roles=roles,
         scale=scale_of(arguments.scale, roles), simulator=not arguments.no_simulator,
     )  # fmt: skip
 
@@ -203,7 +216,8 @@ def main(words: list[str], env: Mapping[str, str] | None = None) -> int:
             lock_fd = lock(data, screen)
             stack.callback(os.close, lock_fd)
             listener = stack.enter_context(listen(settings.gateway_host, settings.gateway_port))
-            plan = prepare(arguments, env, data, listener)
+            admin = stack.enter_context(listen_admin(settings.admin_host, settings.admin_port, screen))
+            plan = prepare(arguments, env, data, listener, admin)
         except SettingsError as exc:
             screen.say(f"hotpath up: {exc}")
             return 78

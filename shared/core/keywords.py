@@ -3,14 +3,21 @@
 Apart from the engine, so that whoever stores a policy can check it without loading one.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Final
 
 MAX_KEYWORDS: Final = 1000
 MAX_KEYWORD_CHARS: Final = 128
+_WITHIN: Final = r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]"
+_AT_ENDS: Final = r"[^\x00-\x20\x7f-\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
+#: No control characters and no separators of lines or paragraphs; no white space at the ends. Also good as JSON Schema.
+PATTERN: Final = f"^{_AT_ENDS}({_WITHIN}*{_AT_ENDS})?$"
 #: Keywords that end in one another (`card`, `credit card`) are all found at one place: more than this many of them at
 #: one place would make the work many times the text.
 MAX_NESTED: Final = 4
+
+_KEYWORD: Final = re.compile(PATTERN)
 
 
 def check_keywords(words: Sequence[str]) -> None:
@@ -20,8 +27,8 @@ def check_keywords(words: Sequence[str]) -> None:
     for place, word in enumerate(words, 1):
         if not 0 < len(word) <= MAX_KEYWORD_CHARS:
             raise ValueError(f"keyword {place}: 1 to {MAX_KEYWORD_CHARS} characters, this has {len(word)}")
-        if word != word.strip() or not word.isprintable():
-            raise ValueError(f"keyword {place}: printable characters, and no space around them")
+        if not _KEYWORD.fullmatch(word):
+            raise ValueError(f"keyword {place}: no control characters, and no space around it")
     folded = sorted({fold(word)[::-1] for word in words})
     nested: list[str] = []
     for word in folded:  # in this order all that end in a word follow it

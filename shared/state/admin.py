@@ -38,6 +38,10 @@ _ANNOUNCE: Final = load("announce")
 _TIMEOUT: Final = 1.0
 
 
+class Contrary(ValueError):
+    """Well formed, and contrary to what is there."""
+
+
 class NewKey(Struct, frozen=True, kw_only=True):
     """A key just made: the only time that `key` is seen."""
 
@@ -131,20 +135,22 @@ class Admin:
         period: Period = "month",
         *,
         synthetic: bool = False,
+        tenant_limits: Mapping[Period, int] | None = None,
         key_limits: Mapping[Period, int] | None = None,
         change: KeyChange | None = None,
     ) -> NewKey:
-        """Make a key, and the tenant with it when the name is new. `limit` (nano-USD) is the tenant's, set when given;
-        `key_limits` are the key's own, `change` says what it may do.
+        """Make a key, and the tenant with it when the name is new. `limit` (nano-USD) and `tenant_limits` are the
+        tenant's, set when given; `key_limits` are the key's own, `change` says what it may do.
 
-        Raises ValueError for a name, period, limit or policy that cannot be, and for a real tenant to be made
+        Raises ValueError for a name, period, limit or policy that cannot be, Contrary for a real tenant to be made
         synthetic: its money would be open to direct publishers.
         """
         if not TENANT_NAME.fullmatch(tenant_name):
             raise ValueError(f"a tenant's name is letters, digits, '.', '_' and '-', at most 64: {tenant_name[:80]!r}")
         limits: list[tuple[str, Period, int]] = [] if limit is None else [("t", period, limit)]
+        limits += [("t", each, amount) for each, amount in (tenant_limits or {}).items()]
         made = _opaque()
-        limits += [(f"k:{made}", key_period, amount) for key_period, amount in (key_limits or {}).items()]
+        limits += [(f"k:{made}", each, amount) for each, amount in (key_limits or {}).items()]
         for _, each, amount in (*limits, ("t", period, 0)):
             if each not in keys.PERIODS or not 0 <= amount <= MAX_AMOUNT:
                 raise ValueError(f"not a limit: {amount} per {each}")
@@ -154,7 +160,7 @@ class Admin:
         now = await self._now()
         conf = keys.config(tenant)
         if synthetic and await self._is_real(conf, tenant):
-            raise ValueError(f"{tenant_name} is a real tenant; make one of its own for load tests")
+            raise Contrary(f"{tenant_name} is a real tenant; make one of its own for load tests")
         stored = digest(self._pepper, key.encode()).hex()
         changes: list[tuple[bytes | str | int, ...]] = [
             (b"HSET", conf, "name", tenant_name, f"key:{made}", stored, f"made:{made}", now),

@@ -1,12 +1,13 @@
 """What an operator may ask and do, by the names an operator uses: `hotpath keys|tenant|budget|spend` and the admin API
 are two ways to call this, so that they cannot differ. Amounts are integers of nano-USD, times ms since 1970.
 
-Raises: Missing (no such tenant, key or request), ValueError (what was asked for cannot be; the message says why),
+Raises: Missing (no such tenant, key or request), Contrary (not as things stand), ValueError (what was asked for cannot
+be; the message says why),
 StateUnavailable (Redis).
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Final, Literal, Protocol, get_args
 
@@ -14,9 +15,10 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from shared.core.users import user_id
 from shared.state import keys
-from shared.state.admin import Admin, KeyInfo, NewKey, TenantInfo
-from shared.state.base import Level
+from shared.state.admin import Admin, Contrary, KeyInfo, NewKey, TenantInfo
+from shared.state.base import Level, StateUnavailable
 from shared.state.books import MAX_AMOUNT, Entry, read_balance
+from shared.state.costs import Costs, Spent
 from shared.state.keys import Period
 from shared.state.policies import KeyChange, Mode, Pii, TenantChange
 
@@ -26,7 +28,7 @@ DAYS: Final = 30
 #: The ledger keeps a day's balance for so long (state/ledger.py KEEP_DAYS).
 MAX_DAYS: Final = 62
 #: Longest `user` field that can have a limit.
-MAX_USER: Final = 1024
+MAX_USER: Final = 256
 
 _RID: Final = re.compile(r"[0-9a-f]{32}")
 _BUCKET: Final = re.compile(r"(t|k:[A-Za-z0-9_-]{1,64}):(\d{4}-\d\d-\d\d|lifetime)")
@@ -130,6 +132,28 @@ class Spend(Struct, kw_only=True):
     rows: list[Row]
 
 
+class Counts(Struct, kw_only=True):
+    """Upstream calls that used something, and what they cost."""
+
+    requests: int
+    cost: int
+    input_tokens: int
+    output_tokens: int
+
+
+class CostReport(Struct, kw_only=True):
+    """The cost tracker's picture: by model since ever, by day (the last 30), by model of each day. `alerts`:
+    "lifetime:50", "2026-11-21:20" (USD) -> when each was crossed; `since`: its first batch, 0 for none."""
+
+    tenant: str
+    since: int
+    total: Counts
+    models: dict[str, Counts]
+    days: dict[str, Counts]
+    models_by_day: dict[str, dict[str, Counts]]
+    alerts: dict[str, int]
+
+
 class Ledger(Protocol):
     """What is asked of the ledger (state/ledger.py)."""
 
@@ -152,10 +176,14 @@ class Ledger(Protocol):
 class Operations:
     """See the module."""
 
-    def __init__(self, *, admin: Admin, ledger: Ledger, pepper: str, now: Callable[[], int]) -> None:
+    def __init__(
+        self, *, admin: Admin, ledger: Ledger, costs: Callable[[str], Awaitable[Costs]], pepper: str,
+        now: Callable[[], int],
+    ) -> None:  # fmt: skip
         """`pepper`: KEY_PEPPER, under which users have their ids; `now`: the shared clock."""
         self._admin = admin
         self._ledger = ledger
+        self._costs = costs
         self._pepper = pepper.encode()
         self.now = now
 
@@ -197,14 +225,9 @@ class Operations:
     async def create_key(
         self, tenant: str, *, synthetic: bool, tenant_limits: Limits, limits: Limits, change: KeyChange
     ) -> NewKey:
-        """Make a key, and the tenant with it when the name is new. `tenant_limits` are the tenant's: one at most."""
-        of_tenant = [(period, amount) for period, amount in tenant_limits.named().items() if amount is not None]
-        if len(of_tenant) > 1:
-            raise ValueError("one limit of the tenant at a time")
-        period, limit = of_tenant[0] if of_tenant else (keys.PERIODS[0], None)
-        of_key = {each: amount for each, amount in limits.named().items() if amount is not None}
+        """Make a key, and the tenant with it when the name is new. Both with their limits, the key with its policy."""
         return await self._admin.create_key(
-            tenant, limit, period, synthetic=synthetic, key_limits=of_key, change=change
+            tenant, synthetic=synthetic, tenant_limits=_set(tenant_limits), key_limits=_set(limits), change=change
         )
 
     async def set_key(self, key_id: str, change: KeyChange) -> Key:
@@ -235,7 +258,7 @@ class Operations:
 
     async def _level(self, tenant: str, key: str, user: str) -> str:
         if key and user:
-            raise ValueError("a key or a user, not both")
+            raise Contrary("a key or a user, not both")
         if user:
             if len(user) > MAX_USER:
                 raise ValueError(f"a user's name has at most {MAX_USER} characters")
@@ -265,9 +288,29 @@ class Operations:
         today = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=self.now())
         wanted = {(today - timedelta(days=ago)).date().isoformat() for ago in range(days)} or {"lifetime"}
         if by == "model":
-            raise ValueError("the cost tracker is not there yet")
-        rows = _rows(await self._ledger.levels(tenant=found), by, wanted)
+            costs = await self._costs(found)
+            rows = _models(costs, wanted if days else None)
+            settled = sum(row.settled for row in rows) if days else costs.total.cost  # of forgotten models too
+            return Spend(tenant=tenant, by=by, days=days, settled=settled, rows=rows)
+        fields = await self._ledger.levels(tenant=found)
+        try:
+            rows = _rows(fields, by, wanted)
+        except ValueError as error:
+            raise StateUnavailable(f"a balance of {tenant} is damaged: {error}") from error
         return Spend(tenant=tenant, by=by, days=days, settled=sum(row.settled for row in rows), rows=rows)
+
+    async def costs(self, tenant: str) -> CostReport:
+        """What the cost tracker has seen of a tenant."""
+        costs = await self._costs(await self.tenant_id(tenant))
+        return CostReport(
+            tenant=tenant, since=costs.since, total=_counts(costs.total),
+            models={name: _counts(each) for name, each in costs.models.items()},
+            days={date: _counts(each) for date, each in costs.days.items()},
+            models_by_day={
+                date: {name: _counts(each) for name, each in models.items()} for date, models in costs.by_day.items()
+            },
+            alerts=costs.alerts,
+        )  # fmt: skip
 
     async def entries(self, tenant: str, rid: str = "") -> list[Entry]:
         """What the ledger remembers of a request's calls, or of all (at most 100,000)."""
@@ -277,6 +320,11 @@ class Operations:
         if rid:
             return await self._ledger.entry(tenant=found, rid=rid)
         return await self._ledger.entries(tenant=found)
+
+
+def _set(limits: Limits) -> dict[Period, int]:
+    """Those that are amounts."""
+    return {period: amount for period, amount in limits.named().items() if amount is not None}
 
 
 def _tenant(info: TenantInfo) -> Tenant:
@@ -295,6 +343,27 @@ def _key(info: KeyInfo) -> Key:
         created=info.created, revoked=info.revoked, expires=policy.expires, models=sorted(policy.models),
         rpm=policy.rpm, tpm=policy.tpm,
     )  # fmt: skip
+
+
+def _counts(spent: Spent) -> Counts:
+    return Counts(
+        requests=spent.requests, cost=spent.cost, input_tokens=spent.input_tokens, output_tokens=spent.output_tokens
+    )
+
+
+def _models(costs: Costs, days: Collection[str] | None) -> list[Row]:
+    """A row per model: of these days, or since ever; the dearest first."""
+    kept = [costs.models] if days is None else [models for date, models in costs.by_day.items() if date in days]
+    sums: dict[str, list[int]] = {}
+    for models in kept:
+        for name, spent in models.items():
+            more = (spent.cost, spent.requests, spent.input_tokens, spent.output_tokens)
+            sums[name] = [sum(pair) for pair in zip(sums.get(name, (0, 0, 0, 0)), more, strict=True)]
+    rows = [
+        Row(name=name, settled=cost, requests=requests, input_tokens=read, output_tokens=written)
+        for name, (cost, requests, read, written) in sums.items()
+    ]
+    return sorted(rows, key=lambda row: -row.settled)
 
 
 def _rows(fields: Mapping[str, str], by: By, wanted: Collection[str]) -> list[Row]:

@@ -74,8 +74,13 @@ class State:
             announce=partial(announce, self._side),
         )
         self.admin: Final = Admin(self._side, pepper=settings.key_pepper, set_limit=self.ledger.set_limit)
+        self.tracker = RedisCosts(self._side, Scripts(self._side), keep_ms=2 * settings.usage_retention_ms)
         self.operations: Final = Operations(
-            admin=self.admin, ledger=self.ledger, pepper=settings.key_pepper, now=self.clock.now
+            admin=self.admin,
+            ledger=self.ledger,
+            costs=self.tracker.read,
+            pepper=settings.key_pepper,
+            now=self.clock.now,
         )
         self.registry = RedisRegistry(
             self._side,
@@ -85,7 +90,6 @@ class State:
             now=self.clock.now,
             wake=self._wake.set,
         )
-        self.tracker = RedisCosts(self._side, Scripts(self._side), keep_ms=2 * settings.usage_retention_ms)
         self.circuits = RedisCircuits(
             self._side,
             scripts,

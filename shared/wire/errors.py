@@ -161,6 +161,14 @@ class ContentBlocked(ClientError):
         super().__init__(message, param=param, retry_after_ms=retry_after_ms)
 
 
+class Conflict(ClientError):
+    """The admin API: well formed, and contrary to what is there."""
+
+    status = 409
+    code = "conflict"
+    message = "That cannot be, as things stand."
+
+
 class TooLarge(ClientError):
     """S1-G02: over MAX_BODY_BYTES."""
 

@@ -216,6 +216,8 @@ def test_doctor_of_a_healthy_one(up: Up) -> None:
     assert set(states(up.cli("doctor")).values()) == {"ok"}
     done = up.cli_run("doctor")
     assert done.returncode == 0
+    assert f"{up.run['admin_url']} answers" in done.stdout
+    assert up.run["admin_url"] in up.said()
     assert "embedded: operator, loadgen, a user per role" in done.stdout
 
 

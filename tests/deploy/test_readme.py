@@ -42,6 +42,7 @@ ELSEWHERE = {
     "hotpath env --role provider": "tests/deploy/test_commands.py::test_env_of_a_role",
     "hotpath circuits": "tests/e2e/test_circuits.py::test_two_hundred_at_once_are_one_call",
     "hotpath prices show MODEL": "tests/deploy/test_commands.py::test_prices",
+    "python -m tests.ingress.admin_fuzz": "tests/ingress/test_admin_openapi.py::test_every_operation",
     "hotpath keys set": "tests/deploy/test_tenants.py::test_a_key_with_everything",
     "hotpath keys revoke": "tests/deploy/test_commands.py::test_keys",
     "hotpath tenant show": "tests/deploy/test_tenants.py::test_policies",
@@ -89,7 +90,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shell(command: str, folder: Path, up: Up) -> None:
     """As typed in a second terminal while `./deploy/up` runs."""
     path = f"{folder}/.venv/bin{os.pathsep}{os.environ['PATH']}"
-    env = {**up.env, "HOTPATH_DATA": str(up.data), "PATH": path}
+    env = {**up.env, "HOTPATH_DATA": str(up.data), "PATH": path, "ADMIN_URL": up.run["admin_url"]}
     done = subprocess.run(
         ["sh", "-c", command], cwd=folder, env=env, capture_output=True, text=True, timeout=60, check=False
     )

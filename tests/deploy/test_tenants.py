@@ -16,6 +16,7 @@ from deploy.cli.app import main
 from shared.core.users import user_id
 from shared.state.redis import State
 from tests.state.rig import Money, new_rid, settings_for
+from tests.state.test_costs import Tracker
 
 Run = Callable[..., Any]
 DAY = 86_400_000
@@ -83,7 +84,7 @@ def test_budgets_of_keys_and_users(run: Run, name: str) -> None:
     assert "user " + user["user"] in run("budget", "show", name, "--user", "ann@example.org", text=True)
     run("budget", "show", name, "--key", other["key_id"], fails=f"there is no key {other['key_id']}; ")
     run("budget", "show", name, "--key", "a", "--user", "b", fails="a key or a user, not both")
-    run("budget", "set", name, "--limit-usd", "1", "--user", "x" * 1025, fails="at most 1024 characters")
+    run("budget", "set", name, "--limit-usd", "1", "--user", "x" * 257, fails="at most 256 characters")
 
 
 def test_policies(run: Run, name: str) -> None:
@@ -134,7 +135,7 @@ def test_expiries() -> None:
             tenants.expiry(odd, now)
 
 
-def test_spend_by_key_and_day(run: Run, name: str, valkey_url: str) -> None:
+def test_spend(run: Run, name: str, valkey_url: str) -> None:
     made, other = run("keys", "create", "--tenant", name), run("keys", "create", "--tenant", name)
 
     async def use() -> None:
@@ -146,6 +147,9 @@ def test_spend_by_key_and_day(run: Run, name: str, valkey_url: str) -> None:
             await money.dispatch(rid, amount=500)
             await money.settle(rid, cost=cost, key=key["key_id"])
         await money.reserve(new_rid(), amount=7, key=made["key_id"])
+        tracker = Tracker(state, made["tenant_id"])
+        today = state.clock.now() // DAY
+        await tracker.learn(tracker.record(day=today, cost=7), tracker.record(day=today - 9, cost=100, model="dear"))
         await money.raw("HSET", f"hp:{{{made['tenant_id']}}}:bal", "t:2020-01-01", "11 0 0")
         await state.close()
 
@@ -157,6 +161,14 @@ def test_spend_by_key_and_day(run: Run, name: str, valkey_url: str) -> None:
         {"name": made["key_id"], "settled": 100, "pending": 7, "unconfirmed": 0},
     ]
     assert run("spend", name, "--by", "key", "--days", "1")["rows"] == by_key["rows"]
+    by_model = run("spend", name)
+    assert (by_model["by"], by_model["settled"]) == ("model", 107)
+    assert by_model["rows"] == [
+        {"name": "dear", "settled": 100, "requests": 1, "input_tokens": 10, "output_tokens": 5},
+        {"name": "m", "settled": 7, "requests": 1, "input_tokens": 10, "output_tokens": 5},
+    ]
+    today = run("spend", name, "--by", "model", "--days", "1")
+    assert (today["settled"], [row["name"] for row in today["rows"]]) == (7, ["m"])
     by_day = run("spend", name, "--by", "day", "--days", "2")
     assert (by_day["settled"], [row["pending"] for row in by_day["rows"]]) == (400, [7])
     assert "$0.0000004" in run("spend", name, "--by", "day", text=True)

@@ -27,7 +27,7 @@ _OURS = (
     "METRICS_",
     "WORKER_ROLES",
     "KEY_PEPPER",
-    "ADMIN_API_KEY",
+    "ADMIN_",
     "OPENAI_",
 )
 

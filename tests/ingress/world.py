@@ -47,6 +47,7 @@ ENV = {
     "KEY_PEPPER": "pepper-pepper-pepper-pepper-pepper-1",
     "ADMIN_API_KEY": ADMIN,
     "GATEWAY_PORT": "0",
+    "ADMIN_PORT": "0",
 }
 SUMMARY = Summary(call=1, endpoint="sim", model="sim-fast", cost=1000, input_tokens=5, output_tokens=7)
 HEAD = {"X-BR-Guardian-Status": "on", "X-BR-Calls": "1", "X-BR-Endpoint": "sim"}
@@ -62,6 +63,9 @@ class FakeRegistry:
         self.fresh = True
         self.ready = True
         self.away = False
+
+    def refresh_soon(self) -> None:
+        """Polls nothing."""
 
     def authenticate(self, token: bytes) -> Principal | None:
         return self.known.get(token)
@@ -215,6 +219,7 @@ class World:
             bus=self.bus,
             state=SimpleNamespace(
                 registry=self.registry,
+                operations=None,
                 clock=SimpleNamespace(now=lambda: int(time.monotonic() * 1000)),
                 costs=self.registry.costs,
             ),  # type: ignore[arg-type]
