@@ -50,6 +50,8 @@ class Health:
         detail = {
             "redis": self._registry.fresh,
             "nats": self._bus.connected,
+            # told only: without it what Redis does not take goes to the spool (DESIGN 5)
+            "jetstream": all(beat.stored for beat in self._rosters["provider"].alive(now)),
             "workers": workers,
             "registry": self._registry.ready,
             "catalogue": self._models,

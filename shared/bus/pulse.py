@@ -43,6 +43,7 @@ class Living:
     redis: Callable[[], tuple[bool, bool]]  # whether it has reached Redis since its start, and does now
     bus: Bus
     sender: Sender
+    stored: Callable[[], bool] = lambda: True  # whether JetStream takes what it has to store
 
 
 class Pulse:
@@ -144,6 +145,7 @@ class Pulse:
                 reaching=reaching,
                 metrics=self._url,
                 booting=self._booting,
+                stored=one.stored(),
             )
             try:
                 one.bus.publish(subjects.beat(one.role, one.instance), encode(beat))

@@ -59,6 +59,7 @@ class Context:
     metrics: Metrics
     started_at: float  # monotonic seconds, of the process's start
     bus_listeners: list[Callable[[bool], None]] = field(default_factory=list)  # told when NATS goes and comes back
+    stored: Callable[[], bool] = lambda: True  # told in its beats: JetStream takes what the role has to store
     _server: MetricsServer | None = None
 
     @property

@@ -155,9 +155,10 @@ class Process:
         self._say_ready(server.url)
 
     def _living(self, state: State) -> list[Living]:
+        reach, both = _reach(state), zip(self._roles, self._contexts, strict=True)
         return [
-            Living(role.name, ctx.instance, role.capacity, role.in_flight, _reach(state), ctx.bus, ctx.sender)
-            for role, ctx in zip(self._roles, self._contexts, strict=True)
+            Living(role.name, ctx.instance, role.capacity, role.in_flight, reach, ctx.bus, ctx.sender, ctx.stored)
+            for role, ctx in both
         ]
 
     async def _connect(self) -> None:

@@ -42,6 +42,9 @@ class UsageStream:
         self.stream = JetStream(ctx.bus, plan(ctx.settings), self._inbox, update=update)
         self.spool = Spool(ctx.settings.spool, ctx.instance)
         self._collector = Collector(ctx.settings.spool, self._collect, StreamUnavailable, self._let_go)
+        ctx.stored = lambda: self.there
+        shown = ctx.metrics.gauge(f"{ctx.role}_usage_stream", "1 while JetStream takes usage records")
+        shown.set_function(lambda: float(self.there))
         self.unposted = 0  # settlements of which nobody can tell whether they were posted
 
     async def start(self) -> None:

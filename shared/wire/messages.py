@@ -307,6 +307,7 @@ class Beat(Struct, frozen=True, kw_only=True, omit_defaults=True):
     reaching: bool = True  # it reaches Redis now; others are preferred to one that does not
     metrics: str = ""  # URL of the process's /metrics
     booting: bool = False  # draining, and about to take work
+    stored: bool = True  # JetStream takes its usage records, as far as it knows
 
 
 class Outcome(Struct, frozen=True, array_like=True):

@@ -168,6 +168,10 @@ async def test_health_ready_metrics_targets_trace(world: World, http: aiohttp.Cl
 
 
 async def test_ready_says_what_is_missing(world: World, http: aiohttp.ClientSession) -> None:
+    for stored in (True, False):  # told, and no reason to send nothing here: the spool takes it
+        world.provider.beat(stored=stored)
+        async with http.get(world.url + "/ready") as answer:
+            assert (answer.status, (await answer.json())["jetstream"]) == (200, stored)
     world.registry.fresh = False
     async with http.get(world.url + "/ready") as answer:
         assert answer.status == 503

@@ -15,7 +15,7 @@ half, is within the allowance of its kind:
                    used_memory a quarter of its median and 2 MiB; keys 0
     NATS           connections and subscriptions 0, memory as RSS
 
-The usage stream of JetStream comes with the usage records (a later issue): there is nothing of it to look at yet.
+The usage stream of JetStream is meant to grow, up to its own bounds (USAGE_RETENTION_MS, USAGE_MAX_BYTES).
 """
 
 import argparse
@@ -63,7 +63,10 @@ def running(folder: Path, **env: str) -> "Iterator[tuple[Up, int]]":
     """A Hotpath and the monitoring port of its NATS."""
     port, monitor = servers.free_port(), servers.free_port()
     config = folder / "nats.conf"
-    config.write_text(f'listen: "127.0.0.1:{port}"\nhttp: "127.0.0.1:{monitor}"\nmax_payload: 2MB\n')
+    config.write_text(
+        f'listen: "127.0.0.1:{port}"\nhttp: "127.0.0.1:{monitor}"\nmax_payload: 2MB\n'
+        f'jetstream {{ store_dir: "{folder}/jetstream" }}\n'
+    )
     with servers.running(servers.nats_command(config), port, folder / "nats.log"):
         settings = {**SETTINGS, **env, "NATS_URL": f"nats://127.0.0.1:{port}"}
         with Up(folder / "data", env=settings) as up:
