@@ -12,6 +12,7 @@ an odd file) has the rule's largest size; a model of no known family `UNKNOWN` t
 """
 
 from binascii import a2b_base64
+from collections.abc import Iterable
 from typing import Final
 
 from msgspec import Struct
@@ -27,7 +28,8 @@ _PATCH: Final = 32
 _MAX_PATCHES: Final = 1536
 #: Characters of base64 read to find the size: an exif or colour profile may stand before a JPEG's.
 _READS: Final = (1024, 32_768, 262_144)
-_MAX_STEPS: Final = 256  # segments or blocks
+_MAX_STEPS: Final = 256  # segments, fill bytes or blocks
+_MAX_SUB_BLOCKS: Final = 1024  # of a GIF before its first image: 255 bytes each in what programs write
 
 #: Start of the frame in a JPEG: baseline to lossless, without DHT (C4), JPG (C8) and DAC (CC).
 _FRAMES: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -59,18 +61,22 @@ _FAMILIES: Final[tuple[tuple[str, _Rule], ...]] = (
 _GPT_5: Final = _Rule(70, 140)
 
 
-def bound(model: str, url: str, detail: str) -> int:
-    """The most that this image of a message costs with this upstream model."""
-    rule = _rule(model)
+def bound(models: Iterable[str], url: str, detail: str) -> int:
+    """The most that this image of a message costs with whichever of these upstream models; UNKNOWN without any."""
+    rules = [_rule(model) for model in models]
+    reads = any(rule is not None and (rule.percent or detail != "low") for rule in rules)
+    found = size_of(url) if reads else None  # once: it is the dear part
+    return max((_bound(rule, found, detail) for rule in rules), default=UNKNOWN)
+
+
+def _bound(rule: "_Rule | None", found: Size | None, detail: str) -> int:
     if rule is None:
         return UNKNOWN
     if rule.percent:
-        found = size_of(url)
         patches = _MAX_PATCHES if found is None else _ceil(found[0], _PATCH) * _ceil(found[1], _PATCH)
         return _ceil(min(patches, _MAX_PATCHES) * rule.percent, 100)
     if detail == "low":
         return rule.base
-    found = size_of(url)
     return rule.base + rule.tile * (_MAX_TILES if found is None else _tiles(*found))
 
 
@@ -144,8 +150,9 @@ def _jpeg(data: bytes) -> Size | None:
     """ITU T.81 B.1: markers, each with the length of its segment, up to the frame's."""
     at = 2
     for _ in range(_MAX_STEPS):
-        while data[at : at + 2] == b"\xff\xff":  # fill bytes
+        if data[at : at + 2] == b"\xff\xff":  # a fill byte
             at += 1
+            continue
         if len(data) < at + 9 or data[at] != 0xFF:
             return None
         marker = data[at + 1]
@@ -161,6 +168,7 @@ def _gif(data: bytes) -> Size | None:
         return None
     width, height = int.from_bytes(data[6:8], "little"), int.from_bytes(data[8:10], "little")
     at = 13 + (3 << (data[10] & 7) + 1 if data[10] & 0x80 else 0)
+    left_over = _MAX_SUB_BLOCKS
     for _ in range(_MAX_STEPS):
         if len(data) < at + 9:
             return None
@@ -172,6 +180,9 @@ def _gif(data: bytes) -> Size | None:
         at += 2
         while at < len(data) and data[at]:  # sub-blocks
             at += 1 + data[at]
+            left_over -= 1
+            if not left_over:
+                return None
         at += 1
     return None
 

@@ -106,7 +106,7 @@ def cover_prompt(body: bytes, encoding: Encoding, model: str) -> tuple[int, int]
     """For a call whose bill nobody told (I1): tokens counted, those of images and of what no formula counts included at
     their most; and, apart, those of audio and files, at most a byte each. Without a margin."""
     prompt = read_prompt(body)
-    pictures = sum(images.bound(model, url, detail) for url, detail in prompt.images)
+    pictures = sum(images.bound((model,), url, detail) for url, detail in prompt.images)
     beside = count_text(prompt.beside.decode(), encoding) if prompt.beside else 0
     return _count(prompt, encoding) + pictures + beside, prompt.opaque
 
@@ -199,5 +199,5 @@ def _bound(prompt: Prompt, encoding: Encoding, models: tuple[str, ...], percent:
     else:
         count = prompt.fixed + size
     for url, detail in prompt.images:
-        count += max((images.bound(model, url, detail) for model in models), default=images.UNKNOWN)
+        count += images.bound(models, url, detail)
     return count + -(-count * percent // 100) + MARGIN_TOKENS + prompt.opaque

@@ -205,7 +205,7 @@ async def test_a_user_with_a_limit(rig):
     without_redis(rig)  # D4: known to have one, so this user's money fails closed; the others' does not
     assert (await some.failed(user=user)).error.code == "ledger_unavailable"
     away = (await some.forwarded(user="1" * 16)).admission
-    assert (away.reserved, away.status, away.user, away.day) == (False, "degraded", "", 0)
+    assert (away.reserved, away.status, away.user, away.day) == (False, "degraded", "", limited.day)
     await rig.role._behind.drain(0.05)
 
 

@@ -1,12 +1,19 @@
 """A tenant's policy on personal data and keywords (S2-28, S2-30, D4, I9)."""
 
+import logging
+import threading
+import time
+
 import orjson
 import pytest
 
 from shared.core import pii
+from shared.state.base import Principal
+from shared.telemetry.metrics import Metrics
 from shared.wire.errors import ContentBlocked, ScanDown, render
 from shared.wire.messages import Ask, ReplyTo
 from workers.guardian.scan import describe, is_large, screen
+from workers.guardian.screening import Screening
 
 KEYWORDS = ("acme",)
 
@@ -76,3 +83,22 @@ def test_large_prompts_are_for_a_thread():
     assert not is_large(ask("x" * 32_768), "block")
     assert is_large(ask("x" * pii.OFF_LOOP_BYTES), "block")
     assert not is_large(ask("x" * pii.OFF_LOOP_BYTES), "off")
+    assert is_large(ask("[" + '"a",' * 2000), "redact")
+
+
+async def test_a_prompt_made_of_candidates_is_scanned_in_a_thread(monkeypatch):
+    """S2-03: nobody else's request waits for it, and it is redacted all the same."""
+    on_loop = []
+
+    def noting(*words):
+        on_loop.append(threading.current_thread() is threading.main_thread())
+        return screen(*words)
+
+    monkeypatch.setattr("workers.guardian.screening.screen", noting)
+    apply = Screening(Metrics(), logging.getLogger("test"), time.monotonic)
+    principal = Principal(tenant="t", key="k", tenant_name="t", pii="redact")
+    for text, where in (("a@b.co " * 9, [True]), ("a@b.co " * 4000, [True, False]), ("x" * 50_000, [False])):
+        on_loop.clear()
+        passed, status = await apply(ask(text), principal)
+        assert (status, on_loop) == ("on", where)
+        assert b"a@b.co" not in passed.body

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Final
 
+from shared.core import pii
 from shared.state.base import Principal
 from shared.telemetry.log import security
 from shared.telemetry.metrics import Metrics
@@ -35,10 +36,7 @@ class Screening:
         result is advice failed (D4). Raises ContentBlocked, ScanDown."""
         policy, words = principal.pii, principal.keywords
         try:
-            if is_large(ask, policy):
-                screened = await asyncio.to_thread(screen, ask, policy, words)
-            else:
-                screened = screen(ask, policy, words)
+            screened = await self._screen(ask, policy, words)
         except ContentBlocked:
             self._found.labels(policy, "blocked").inc()
             self._tell(ask, policy, "")
@@ -48,6 +46,15 @@ class Screening:
         if screened.fault:
             self._log.warning("a prompt could not be scanned", extra={"rid": ask.rid, "error": screened.fault})
         return screened.ask, screened.status
+
+    @staticmethod
+    async def _screen(ask: Ask, policy: str, words: tuple[str, ...]) -> Screened:
+        if not is_large(ask, policy):
+            try:
+                return screen(ask, policy, words, pii.Effort(pii.ON_LOOP_CANDIDATES))
+            except pii.Laborious:
+                pass  # nobody's requests wait for a text that is made of candidates
+        return await asyncio.to_thread(screen, ask, policy, words)
 
     def _on_found(self, screened: Screened, policy: str) -> None:
         for finding in screened.findings:

@@ -9,13 +9,28 @@ It looks for what people write by accident, not for what somebody hides on purpo
 """
 
 from shared.core.pii.body import Redacted, Unredactable, redact_body, scan_body
-from shared.core.pii.engine import ACTIONS, OFF_LOOP_BYTES, Action, Finding, Policy, Scanner, Span, compile_policy
+from shared.core.pii.engine import (
+    ACTIONS,
+    OFF_LOOP_BYTES,
+    ON_LOOP_CANDIDATES,
+    Action,
+    Effort,
+    Finding,
+    Laborious,
+    Policy,
+    Scanner,
+    Span,
+    compile_policy,
+)
 
 __all__ = [
     "ACTIONS",
     "OFF_LOOP_BYTES",
+    "ON_LOOP_CANDIDATES",
     "Action",
+    "Effort",
     "Finding",
+    "Laborious",
     "Policy",
     "Redacted",
     "Scanner",

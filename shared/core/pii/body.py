@@ -15,7 +15,7 @@ from typing import Any, Final
 import orjson
 from msgspec import Struct
 
-from shared.core.pii.engine import Finding, Scanner, Span
+from shared.core.pii.engine import Effort, Finding, Scanner, Span
 
 #: A redaction may uncover a match (`v 1.2.3.4` without its keyword `v`). Natural text needs one round more than none.
 ROUNDS: Final = 6
@@ -56,23 +56,26 @@ class _Slot(Struct):
     read: str
 
 
-def scan_body(body: bytes, scanner: Scanner) -> tuple[Finding, ...]:
-    """What a checked body (`wire.openai.parse_chat`) holds. Raises ValueError when it is not JSON."""
-    return scanner.scan([slot.read for slot in _slots(orjson.loads(body))])
+def scan_body(body: bytes, scanner: Scanner, effort: Effort | None = None) -> tuple[Finding, ...]:
+    """What a checked body (`wire.openai.parse_chat`) holds. Raises ValueError when it is not JSON, Laborious."""
+    return scanner.scan([slot.read for slot in _slots(orjson.loads(body))], effort)
 
 
-def redact_body(body: bytes, scanner: Scanner) -> Redacted:
+def redact_body(body: bytes, scanner: Scanner, effort: Effort | None = None) -> Redacted:
     """Each match replaced by `[REDACTED:<kind>]`, until nothing matches; nothing else is touched.
 
-    `body` is our own compact serialisation. Raises Unredactable, and ValueError when it is not JSON.
+    `body` is our own compact serialisation. Raises Unredactable, ValueError when it is not JSON, and Laborious when the
+    `effort` is used up (of all rounds together, each match once more for its redaction).
     """
     fields = orjson.loads(body)
     counts: Counter[Any] = Counter()
     for _ in range(ROUNDS):
         slots = _slots(fields)
-        spans = scanner.find("\0".join([slot.read for slot in slots]))
+        spans = scanner.find("\0".join([slot.read for slot in slots]), effort)
         if not spans:
             break
+        if effort is not None:
+            effort.spend(len(spans))
         counts.update(span.kind for span in spans)
         _redact_slots(slots, _merge(spans))
     else:

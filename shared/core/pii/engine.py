@@ -24,6 +24,10 @@ ACTIONS: Final[tuple[Action, ...]] = get_args(Action)
 #: Above this many bytes a caller with an event loop scans in a thread. A prompt of 32 KiB with its JSON around it stays
 #: on the loop: 0.2 ms when clean, and a thread may have to wait 5 ms for the interpreter's lock.
 OFF_LOOP_BYTES: Final = 40_960
+#: Candidates judged on an event loop, 14 us each at their worst: a scan that meets more begins again in a thread.
+ON_LOOP_CANDIDATES: Final = 200
+#: Occurrences of keywords that weigh as much as one candidate.
+_LIGHT: Final = 16
 #: Policies whose automata are kept: 40 MiB when all have a thousand words.
 _CACHED: Final = 128
 _BACKSLASH: Final = 0x5C
@@ -51,6 +55,23 @@ class Span(Struct, frozen=True, order=True):
     kind: Kind
 
 
+class Laborious(Exception):
+    """There is more to judge in a text than its `Effort` allows."""
+
+
+class Effort:
+    """How many candidates may still be judged in one scan. Bounds its time whatever the text; not shared by threads."""
+
+    def __init__(self, candidates: int) -> None:
+        self._left = candidates
+
+    def spend(self, candidates: int = 1) -> None:
+        """Raises Laborious when they are used up."""
+        self._left -= candidates
+        if self._left < 0:
+            raise Laborious
+
+
 class Scanner:
     """Finds what one policy names. Holds nothing of what it reads; may be used by several threads at once."""
 
@@ -61,22 +82,23 @@ class Scanner:
         self._words = Automaton(policy.keywords) if active and policy.keywords else None
         self._numbers = NumberFinder(PATTERNS) if active else None
 
-    def scan(self, texts: Iterable[str]) -> tuple[Finding, ...]:
-        """What these texts hold, in order of the kinds' names."""
-        return count(self.find("\0".join(texts)))
+    def scan(self, texts: Iterable[str], effort: Effort | None = None) -> tuple[Finding, ...]:
+        """What these texts hold, in order of the kinds' names. Raises Laborious."""
+        return count(self.find("\0".join(texts), effort))
 
-    def find(self, text: str) -> list[Span]:
-        """All matches in order; of those that overlap, all."""
+    def find(self, text: str, effort: Effort | None = None) -> list[Span]:
+        """All matches in order; of those that overlap, all. Raises Laborious when `effort` is used up."""
         if self._numbers is None:
             return []
         data = text.encode("utf-8", "surrogatepass")
-        found = list(self._numbers.find(data))
+        found = list(self._numbers.find(data, effort))
         places = [(start, end) for start, end, _ in found]
         if places and len(data) != len(text):
             places = to_characters(data, places)
         spans = [Span(start, end, kind) for (start, end), (_, _, kind) in zip(places, found, strict=True)]
         if self._words is not None:
-            spans += [Span(start, end, "keyword") for start, end in self._words.find(text)]
+            words = self._words.find(text, None if effort is None else lambda some: effort.spend(-(-some // _LIGHT)))
+            spans += [Span(start, end, "keyword") for start, end in words]
         spans.sort()
         return spans
 
@@ -94,18 +116,22 @@ class NumberFinder:
         gates = b"|".join(pattern.gate for pattern in gated)
         self._gate = re2.compile(BEFORE + b"(?:" + gates + b")", options)
 
-    def find(self, data: bytes) -> Iterator[tuple[int, int, Kind]]:
-        """Matches as (start, end, kind) in bytes."""
+    def find(self, data: bytes, effort: Effort | None = None) -> Iterator[tuple[int, int, Kind]]:
+        """Matches as (start, end, kind) in bytes. Raises Laborious."""
         framed = b"\0" + data + b"\0"  # so that something stands before and behind everything
         for pattern in self._literal:
             if pattern.first not in framed:
                 continue
             for found in pattern.regex.finditer(framed):
+                if effort is not None:
+                    effort.spend()
                 span = pattern.check(found)
                 if span is not None:
                     yield span[0] - 1, span[1] - 1, pattern.kind
         place = 0
         while (gate := self._gate.search(framed, place)) is not None:
+            if effort is not None:
+                effort.spend()
             start = gate.start()
             place = start + 1
             match = self._match(framed, place)

@@ -7,7 +7,7 @@ of Unicode beyond that, and `ss` is not `ß`.
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Final
 
@@ -41,17 +41,17 @@ class Automaton:
         ).find_matches_as_indexes
         self._longest = max(map(len, encoded))
 
-    def find(self, text: str) -> Iterator[tuple[int, int]]:
+    def find(self, text: str, spend: Callable[[int], None] | None = None) -> Iterator[tuple[int, int]]:
         """The spans of whole words, in characters, in order of their ends; they may overlap. What was redacted
-        already is not read."""
-        spans = self._occurrences(text)
+        already is not read. `spend` is told how many occurrences are to be judged, and may raise."""
+        spans = self._occurrences(text, spend)
         if spans and "[REDACTED:" in text:
             spans = _outside(spans, [found.span() for found in _PLACEHOLDER.finditer(text)])
         for start, end in spans:
             if not (_joined(text, start) or _joined(text, end)):
                 yield start, end
 
-    def _occurrences(self, text: str) -> list[tuple[int, int]]:
+    def _occurrences(self, text: str, spend: Callable[[int], None] | None) -> list[tuple[int, int]]:
         """Where keywords are, without most of those that are part of a longer word."""
         folded = fold(text)
         data = folded.encode("utf-8", "surrogatepass")
@@ -60,6 +60,8 @@ class Automaton:
             # framed by a byte of the neighbouring chunks, or by none
             matches = self._find(data[begin : begin + _CHUNK + self._longest], overlapping=True)
             if matches:
+                if spend is not None:
+                    spend(len(matches))
                 near = data[max(0, begin - 1) : begin + _CHUNK + self._longest + 1].translate(_LETTERS)
                 near = near if begin else b"\0" + near
                 near += b"\0"
