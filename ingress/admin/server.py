@@ -6,6 +6,7 @@ as `hotpath_admin_listening` 0, and is tried again.
 """
 
 import asyncio
+import errno
 import logging
 import socket
 from typing import Final
@@ -87,7 +88,11 @@ class AdminServer:
 
     def _socket(self) -> socket.socket:
         if self._fd >= 0:
-            return socket.socket(fileno=self._fd)
+            handed_down = socket.socket(fileno=self._fd)
+            if not handed_down.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                handed_down.detach()  # somebody else's, who must not lose it
+                raise OSError(errno.EINVAL, "HOTPATH_ADMIN_FD is no listening socket")
+            return handed_down
         family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
         return socket.create_server((self._host, self._port), family=family, backlog=BACKLOG, reuse_port=True)
 

@@ -124,6 +124,7 @@ class Extra:
         self.log = up.data / "logs" / f"{role}.{write}.extra.log"
         self.port = servers.free_port()
         own = {"HOTPATH_LISTEN_FD": "-1", "GATEWAY_PORT": str(self.port), "HOTPATH_READY_FD": str(write)}
+        own |= {"HOTPATH_ADMIN_FD": "-1", "ADMIN_PORT": "0"}
         command = [sys.executable, "-m", "ingress" if role == "ingress" else f"workers.{role}"]
         with self.log.open("ab") as sink:
             self.process = subprocess.Popen(

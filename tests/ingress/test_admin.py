@@ -173,6 +173,15 @@ def test_a_port_that_is_taken_costs_no_process(valkey_url: str, caplog: pytest.L
             assert api.server.port == port
 
 
+def test_a_descriptor_that_is_another_ones_is_left_alone(valkey_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    here, there = socket.socketpair()
+    with here, there, serving(valkey_url, HOTPATH_ADMIN_FD=str(here.fileno())) as api:
+        assert not api.server.listening
+        assert "its port cannot be had" in caplog.text
+        here.send(b"x")
+        assert there.recv(1) == b"x"
+
+
 def test_processes_share_the_port(api: AdminApi, valkey_url: str) -> None:
     with serving(valkey_url, ADMIN_PORT=str(api.server.port)) as other:
         assert other.server.listening
