@@ -69,7 +69,8 @@ def test_life(up: Callable[..., Up]) -> None:
     one = up("--scale", "guardian=2,provider=3", ingress="loud").start()
     run = one.run
     assert set(run) == {
-        "url", "nats_url", "loadgen_nats_url", "redis_url", "simulator_url", "api_key", "admin_key", "admin_url", "metrics", "pids",
+        "url", "nats_url", "loadgen_nats_url", "redis_url", "simulator_url", "api_key", "admin_key", "admin_url",
+        "metrics", "pids",
     }  # fmt: skip
     assert set(run["pids"]) == set(run["metrics"]) == FLEET
     assert {role: len(pids) for role, pids in run["pids"].items()} == dict.fromkeys(FLEET, 1) | {
