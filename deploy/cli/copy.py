@@ -1,7 +1,7 @@
 """The second copy of the money, as the command line reads it: usage records and snapshots of a JetStream stream."""
 
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -118,12 +118,14 @@ class Snapshot(Struct):
         return len(self.seen) == self.parts
 
 
-async def snapshots(copy: Copy) -> dict[str, Snapshot]:
-    """Of every tenant. Raises CopyUnavailable."""
+async def snapshots(copy: Copy, before: Mapping[str, str] | None = None) -> dict[str, Snapshot]:
+    """Of every tenant; with `before` of its tenants alone, the newest of before a line. Raises CopyUnavailable."""
     whole: dict[str, Snapshot] = {}
     begun: dict[tuple[str, str], Snapshot] = {}
     async for part in copy.read():
         if not isinstance(part, BalanceSnapshot):
+            continue
+        if before is not None and position(part.line) >= position(before.get(part.tenant, "")):
             continue
         known = whole.get(part.tenant)
         if known is not None and position(known.line) >= position(part.line):

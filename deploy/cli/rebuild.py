@@ -90,6 +90,8 @@ async def run(state: State, copy: Copy, tenant: str, *, dry_run: bool) -> tuple[
     """Rebuild a tenant by name or id, or all; names by id. Raises Failed, CopyUnavailable, StateUnavailable."""
     stored = await snapshots(copy)
     names = await _wanted(state, tenant, set(stored))
+    if begun := await _begun(state, {each for each in names if each in stored}):
+        stored |= await snapshots(copy, begun)
     books: dict[str, _Books] = {}
     for each in names:
         books[each] = await _begin(state, each, stored.get(each), dry_run=dry_run)
@@ -101,6 +103,17 @@ async def run(state: State, copy: Copy, tenant: str, *, dry_run: bool) -> tuple[
         if of_tenant is not None:
             await _post(state, of_tenant, record, dry_run=dry_run)
     return names, [each.result for each in books.values()]
+
+
+async def _begun(state: State, tenants: set[str]) -> dict[str, str]:
+    """The first lines of journals that began with nothing. A snapshot of before such a line is of a journal that was
+    lost; those that the guardians wrote since must not stand before it."""
+    found = {}
+    for tenant in tenants:
+        first = await state.ledger.journal(tenant=tenant, count=1)
+        if first and first[0].op != "snap":
+            found[tenant] = first[0].id
+    return found
 
 
 async def _wanted(state: State, tenant: str, stored: set[str]) -> dict[str, str]:

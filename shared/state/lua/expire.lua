@@ -14,6 +14,8 @@ local keep_days, keep_months, keep_user_days = tonumber(ARGV[5]), tonumber(ARGV[
 local lines, snapshot_ms, renew_ms = tonumber(ARGV[8]), tonumber(ARGV[9]), tonumber(ARGV[10])
 local nobody = {'', 0, 0, 0, today, 0, '', '', -1}
 local swept = sweep()
+-- lost balances stay lost: a snapshot of what was written since would take the place of what the journal adds up to
+if redis.call('HEXISTS', balances, 'about') == 0 then return {swept, ''} end
 
 local stamp = string.format('%.0f', today)
 if redis.call('HGET', balances, 'pruned') ~= stamp then
@@ -31,7 +33,7 @@ if redis.call('HGET', balances, 'pruned') ~= stamp then
   end
   for i = 1, #old, 1000 do redis.call('HDEL', balances, unpack(old, i, math.min(i + 999, #old))) end
   if #old > 0 then line('prune', '', nobody, 0, 0, 0, 0, day, month, user_day, user_month) end
-  if #fields > 0 then redis.call('HSET', balances, 'pruned', stamp) end
+  redis.call('HSET', balances, 'pruned', stamp)
 end
 
 local length = redis.call('XLEN', journal)
