@@ -93,6 +93,7 @@ class _File:
     def __init__(self, path: Path) -> None:
         """Raises OSError. It gets its name once we have its lock: a collector takes what bears one."""
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.path = path
         unnamed = path.with_name(f".{path.name}")
         self.descriptor = os.open(unnamed, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self.size = 0
@@ -178,6 +179,8 @@ class Spool:
         try:
             self._file.append(data)
         except OSError:
+            if not self._file.size:  # nobody was told that it holds anything; a full disk would have one for each try
+                self._file.path.unlink(missing_ok=True)
             self._close()  # whoever reads it stops where it is torn
             raise
 

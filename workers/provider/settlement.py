@@ -6,12 +6,14 @@
     ended well without usable usage              counted: prompt by the published formula, output over the text
     nothing sent, or refused with a status       0
     cut, all the upstream wrote was read         counted
-    cut, not all was read (TLS, reset, drain     counted + ALLOWANCE a choice, at most up to the cap
+    cut, not all was read (TLS, reset, drain     counted + ALLOWANCE a choice, at most up to the cap, if it was kept to
       over)
     a 200 that could not be read, or a whole     prompt counted + the whole output cap: what was generated is unknown,
       answer that came in part                   but of an answer that came in part no more tokens than the bytes its
                                                  head announced (an error in its place says nothing by its size)
 
+A count of the provider's own that came on the way is no bill, but no bill is below it: it stands for the prompt, and
+for the output where that is more than we counted.
 Images of a prompt that is counted cost what the published rule says at most, audio and files a token a byte.
 All that is counted adds what a reasoning model may have billed and not shown in the time it ran, up to the cap.
 All but the first two are marked `estimated`. A piece of text counts as the larger of its tokens and its deltas: a
@@ -63,8 +65,11 @@ def charge(
         return Charge(pricing.cost(price, usage), usage, usage.doubtful, raw)
     shown = _output(ask, admission, translator, ended, encoding)
     output = max(shown, min(shown + hidden * ask.n, admission.output_cap * ask.n))
-    prompt, opaque = tokens.cover_prompt(ask.body, encoding, step.model)
-    counted = Usage(uncached=prompt, text_output=output, audio_input=opaque)
+    if usage is not None and not translator.finished:
+        counted = msgspec.structs.replace(usage, text_output=output - usage.audio_output)
+    else:
+        prompt, opaque = tokens.cover_prompt(ask.body, encoding, step.model)
+        counted = Usage(uncached=prompt, text_output=output, audio_input=opaque)
     return Charge(pricing.cost(price, counted), counted, estimated=True, raw=raw)
 
 
@@ -74,11 +79,14 @@ def _output(ask: Ask, admission: Admission, translator: Translator, ended: Ended
     )
     if ended.error is None:
         return counted
+    if translator.usage is not None and not translator.finished:
+        counted = max(counted, translator.usage.output_tokens)
     cap = admission.output_cap * ask.n
     if not ended.readable:
         return max(counted, min(cap, ended.size) if ended.size else cap)
     if not ended.complete and not translator.finished:
-        return max(counted, min(counted + ALLOWANCE * ask.n, cap))
+        more = counted + ALLOWANCE * ask.n
+        return more if counted > cap else max(counted, min(more, cap))
     return counted
 
 

@@ -54,14 +54,15 @@ GOOD = '{"prompt_tokens":50,"completion_tokens":7,"prompt_tokens_details":{"cach
         (
             said(" a", usage=GOOD),
             {"error": ERROR, "complete": True},
-            (PROMPT, 0, 1, True),
-        ),  # a running count is no bill
+            (50, 10, 7, True),
+        ),  # a running count is no bill, but the bill is not below it
+        (said(*[" a"] * 9, usage=GOOD), {"error": ERROR}, (50, 10, 9 + ALLOWANCE, True)),
         (said(" a", finish=True, usage='{"prompt_tokens":5,"completion_tokens":0}'), {}, (PROMPT, 0, 1, True)),
         (said(finish=True, usage='{"prompt_tokens":5,"completion_tokens":0}'), {}, (5, 0, 0, False)),
         (said(" a", " b"), {"error": ERROR, "complete": True}, (PROMPT, 0, 2, True)),
         (said(" a", " b"), {"error": ERROR}, (PROMPT, 0, 2 + ALLOWANCE, True)),
         (said(*[" a"] * 90), {"error": ERROR}, (PROMPT, 0, 100, True)),  # up to the cap
-        (said(*[" a"] * 120), {"error": ERROR}, (PROMPT, 0, 120, True)),  # the cap was ignored
+        (said(*[" a"] * 120), {"error": ERROR}, (PROMPT, 0, 120 + ALLOWANCE, True)),  # the cap was ignored
         (said(" a"), {"error": ERROR, "readable": False}, (PROMPT, 0, 100, True)),
         (said(" a"), {"error": ERROR, "readable": False, "size": 40}, (PROMPT, 0, 40, True)),  # a token has a byte
         (said(" a"), {"error": ERROR, "readable": False, "size": 900}, (PROMPT, 0, 100, True)),
