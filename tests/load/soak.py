@@ -44,9 +44,11 @@ from tests.load.hammer import Hammer
 
 ROLES: Final = ("ingress", "guardian", "routing", "provider")
 TOMBSTONE_S: Final = 20.0
-#: Settled requests are forgotten after that; no circuit opens for the faults that are asked for.
+#: Settled requests are forgotten after that, and the journal is as long as it becomes; no circuit opens for the faults
+#: that are asked for.
 SETTINGS: Final = {
-    "LEDGER_TOMBSTONE_MS": "20000", "LEDGER_LEASE_GRACE_MS": "1000", "CIRCUIT_FAILURE_THRESHOLD": "1000000",
+    "LEDGER_TOMBSTONE_MS": "20000", "LEDGER_UNCONFIRMED_MS": "20000", "LEDGER_LEASE_GRACE_MS": "1000",
+    "CIRCUIT_FAILURE_THRESHOLD": "1000000", "LEDGER_JOURNAL_LINES": "1000",
 }  # fmt: skip
 MIB: Final = 1024 * 1024
 BATCHES: Final = 20

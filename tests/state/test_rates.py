@@ -44,10 +44,13 @@ def limited(state: State) -> Limited:
 async def test_the_wait_is_exact(limited: Limited, a_second: int, wait: int, kind: str) -> None:
     """S1-M5a, D15: at 1, 10 and 100 a second; after it the request fits."""
     rates = Rates(tokens=1, **{f"key_{kind}": 60 * a_second})
-    await limited.empty("k:k")
-    began = asyncio.get_running_loop().time()
-    answer = await limited.reserve(rates)
-    late = (asyncio.get_running_loop().time() - began) * 1000
+    for _ in range(20):  # on a machine that was busy for all of the 10 ms: once more
+        began = asyncio.get_running_loop().time()
+        await limited.empty("k:k")
+        answer = await limited.reserve(rates)
+        late = (asyncio.get_running_loop().time() - began) * 1000
+        if late < wait:
+            break
     assert (answer.status, answer.level, answer.period) == ("limited", "k:k", kind)
     assert wait - late - 1 <= answer.wait_ms <= wait
     assert answer.counted is not None
