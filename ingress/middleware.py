@@ -99,6 +99,8 @@ Route = Callable[[Visit], Awaitable[Reply]]
 class Door:
     """Calls the route of each request and turns whatever it raises into an answer."""
 
+    unknown = errors.NotFound.message  # to who asks for a path that there is not
+
     def __init__(self, *, max_in_flight: int, per_tenant: int, tally: Tally) -> None:
         self._routes: dict[str, dict[str, Route]] = {}
         self._prefixes: list[tuple[str, dict[str, Route], str]] = []
@@ -238,7 +240,7 @@ class Door:
         visit.path = _path(request.raw_path, host)
         table = self._table(visit)
         if table is None:
-            raise errors.NotFound
+            raise errors.NotFound(self.unknown)
         visit.work = visit.path not in self._public
         route = table.get(request.method)
         if route is None:

@@ -10,8 +10,13 @@ from shared.state.policies import KeyChange
 
 TenantName = Annotated[str, typer.Argument(help="The tenant's name.")]
 Period = Annotated[str, typer.Option(help="day, month or lifetime (UTC).")]
-OfKey = Annotated[str, typer.Option("--key", metavar="ID", help="Of this key of the tenant.")]
-OfUser = Annotated[str, typer.Option("--user", metavar="NAME", help="Of this user of the tenant (field `user`).")]
+OfKey = Annotated[
+    str | None, typer.Option("--key", metavar="ID", help="Of this key of the tenant.", show_default=False)
+]
+OfUser = Annotated[
+    str | None,
+    typer.Option("--user", metavar="NAME", help="Of this user of the tenant (field `user`).", show_default=False),
+]
 Expires = Annotated[str | None, typer.Option(help="30d, 12h, a UTC date or time, or `never`.", show_default=False)]
 Models = Annotated[
     str | None, typer.Option(help="The models it may ask for: a,b or `none` for all.", show_default=False)
@@ -121,7 +126,9 @@ def tenant_set(
 
 
 @budget.command("show")
-def budget_show(name: TenantName, key: OfKey = "", user: OfUser = "", json_out: Json = False, data: Data = "") -> None:
+def budget_show(
+    name: TenantName, key: OfKey = None, user: OfUser = None, json_out: Json = False, data: Data = ""
+) -> None:
     """Settled, pending and unconfirmed of the current day, month and lifetime."""
     act(data, json_out, lambda where: tenants.show_budget(where, name, key, user), show.budget_table)
 
@@ -131,8 +138,8 @@ def budget_set(
     name: TenantName,
     limit_usd: Annotated[str, typer.Option(help="USD, or `none` for no limit.")],
     period: Period = "month",
-    key: OfKey = "",
-    user: OfUser = "",
+    key: OfKey = None,
+    user: OfUser = None,
     json_out: Json = False,
     data: Data = "",
 ) -> None:

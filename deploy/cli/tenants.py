@@ -163,20 +163,27 @@ def set_tenant(
 # ---- money -----------------------------------------------------------------------------------------------------------
 
 
-def show_budget(where: Where, tenant: str, key: str = "", user: str = "") -> dict[str, Any]:
-    """operations.Budget."""
-    found: dict[str, Any] = _ask(where, lambda operations: operations.budget(tenant, key=key, user=user))
+def _level(key: str | None, user: str | None) -> dict[str, str]:
+    """Raises ValueError for the empty text: a shell variable that is not set must not mean the tenant itself."""
+    for option, given in (("--key", key), ("--user", user)):
+        if given == "":
+            raise ValueError(f"{option} is empty")
+    return {"key": key or "", "user": user or ""}
+
+
+def show_budget(where: Where, tenant: str, key: str | None = None, user: str | None = None) -> dict[str, Any]:
+    """operations.Budget. Raises ValueError."""
+    level = _level(key, user)
+    found: dict[str, Any] = _ask(where, lambda operations: operations.budget(tenant, **level))
     return found
 
 
 def set_budget(
-    where: Where, tenant: str, limit: str, period: str, key: str = "", user: str = ""
+    where: Where, tenant: str, limit: str, period: str, key: str | None = None, user: str | None = None
 ) -> dict[str, Any]:  # fmt: skip
-    """Set (or clear, with `none`) a limit; operations.Budget afterwards."""
-    wanted = limits(limit, period)
-    found: dict[str, Any] = _ask(
-        where, lambda operations: operations.set_limits(tenant, wanted, key=key, user=user), change=True
-    )
+    """Set (or clear, with `none`) a limit; operations.Budget afterwards. Raises ValueError."""
+    wanted, level = limits(limit, period), _level(key, user)
+    found: dict[str, Any] = _ask(where, lambda operations: operations.set_limits(tenant, wanted, **level), change=True)
     return found
 
 

@@ -36,6 +36,8 @@ _json: Final = msgspec.json.Encoder().encode
 class Router(Door):
     """The front door with paths that have parameters; every one of them is for the admin key only."""
 
+    unknown = "Unknown path. GET /openapi.json lists what there is."
+
     def __init__(self, resources: Resources, auth: Auth, tally: Tally, changed: Callable[[], None]) -> None:
         """`changed` is called after each change: this process need not wait for its poll."""
         super().__init__(max_in_flight=MAX_IN_FLIGHT, per_tenant=MAX_IN_FLIGHT, tally=tally)

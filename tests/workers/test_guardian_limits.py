@@ -261,7 +261,19 @@ async def test_tokens_a_minute_are_taken_by_estimate_and_put_right_by_usage(rig,
     assert abs(failed.error.retry_after_ms - (taken - 1) * 600) < 600  # 100 a minute: 600 ms each
 
 
-async def test_a_request_larger_than_the_limit(rig):
+async def test_an_answer_that_may_be_larger_than_the_limit(rig, monkeypatch):
+    """How long it gets is a guess: a tenant of long answers to short prompts is not locked out by its own ratio, which
+    it could never lower again. It takes all there is, and waits for a full bucket."""
+    fast = await owner(rig, tpm=100, key_tpm=40)
+    monkeypatch.setattr(rig.role._seen, "ratio", lambda _tenant: 50 * RATIO_ONE)
+    first = (await fast.forwarded()).admission
+    assert first.extra["x-ratelimit-remaining-tokens"] == "0"
+    failed = await fast.failed()
+    assert "Limit 40, Left 0, Requested 40" in failed.error.message
+    assert 59_000 < failed.error.retry_after_ms <= 60_000
+
+
+async def test_a_prompt_larger_than_the_limit(rig):
     """429 that says so, without a wait: no SDK should try again."""
     fast = await owner(rig, key_tpm=3)
     failed = await fast.failed()

@@ -347,6 +347,18 @@ async def receiver(*statuses: int) -> AsyncIterator[tuple[str, list[bytes]]]:
         server.close()
 
 
+async def test_a_webhook_whose_first_address_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`localhost` is ::1 first on most machines, and the receiver listens on 127.0.0.1."""
+
+    async def both(*_args: object, **_fields: object) -> list[tuple[object, ...]]:
+        return [(0, 0, 0, "", (address, 0)) for address in ("::1", "127.0.0.1")]
+
+    async with receiver() as (url, bodies):
+        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", both)
+        await Webhook(url, private=True).post(b"{}")
+        assert bodies == [b"{}"]
+
+
 async def test_what_a_webhook_may_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("workers.guardian.webhook.POST_S", 0.3)
     async with receiver(204, 500, 429, 400, 302, 0) as (url, bodies):

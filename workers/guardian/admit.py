@@ -227,7 +227,7 @@ class Guardian:
             principal=principal,
             ratio=ratio,
             least=decide.least(self._house, ask, principal, admission),
-            tokens=likely_tokens(admission, ask.n, ratio),
+            tokens=decide.taken(likely_tokens(admission, ask.n, ratio), admission.input_estimate, principal),
             at=at,
             began=began,
             hops=hops,

@@ -126,6 +126,13 @@ def least(house: House, ask: Ask, principal: Principal, admission: Admission) ->
     return amount if amount < admission.amount else 0
 
 
+def taken(likely: int, prompt: int, who: Principal) -> int:
+    """The tokens that `rates` takes of `likely` ones. How long an answer will be is a guess: where the prompt fits
+    under the limits it takes a whole bucket at most, so that no guess keeps a request out for good."""
+    smallest = min((limit for limit in (who.tenant_tpm, who.key_tpm) if limit), default=likely)
+    return min(likely, max(smallest, prompt))
+
+
 def rates(pending: Pending) -> Rates | None:
     """What `reserve` is to count. Without limits still the key's velocity (S2-13), which is advice: not in mode off."""
     who = pending.principal

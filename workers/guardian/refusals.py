@@ -36,16 +36,14 @@ def over_estimate(estimate: int, most: int) -> EstimateExceeded:
 
 
 def over_rate(answer: Reserved, tokens: int) -> RateLimited:
-    """429 in OpenAI's words, which clients read; without a Retry-After when the request is larger than the limit."""
+    """429 in OpenAI's words, which clients read; without a Retry-After when the prompt is larger than the limit."""
     counted = answer.counted
     bucket = counted and (counted.requests if answer.period == "requests" else counted.tokens)
     limit, left = (bucket.limit, bucket.left) if isinstance(bucket, Bucket) else (0, 0)
     need = 1 if answer.period == "requests" else tokens
     on = f"{_whose(answer.level)} on {_KINDS.get(answer.period, answer.period)}: Limit {limit}, "
     if answer.wait_ms < 0:
-        return RateLimited(
-            f"Request too large for {on}Requested {need}. It can never fit: its prompt or output must be reduced."
-        )
+        return RateLimited(f"Request too large for {on}Requested {need}. It can never fit: its prompt must be reduced.")
     wait = max(answer.wait_ms, 1)
     return RateLimited(
         f"Rate limit reached for {on}Left {left}, Requested {need}. Please try again in {show_span(wait)}.",

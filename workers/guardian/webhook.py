@@ -5,8 +5,9 @@ nothing of the answer is read but its status.
 """
 
 import asyncio
+import contextlib
 import ssl
-from typing import Final
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 from shared.core.addresses import allowed
@@ -55,7 +56,7 @@ class Webhook:
             raise WebhookFailed(f"{self._host}: status {status}", again=status >= 500 or status in _AGAIN)
 
     async def _post(self, body: bytes) -> int:
-        reader, writer = await self._open(await self._address())
+        reader, writer = await self._open(await self._addresses())
         try:
             writer.write(b"%b%d\r\n\r\n%b" % (self._head, len(body), body))
             await writer.drain()
@@ -66,18 +67,21 @@ class Webhook:
             raise WebhookFailed(f"{self._host}: no HTTP answer", again=True)
         return int(words[1])
 
-    async def _address(self) -> str:
+    async def _addresses(self) -> list[str]:
         found = await asyncio.get_running_loop().getaddrinfo(self._host, self._port, type=1)
-        addresses = [str(entry[4][0]) for entry in found]
-        usable = next((each for each in addresses if allowed(each, private=self._private)), None)
-        if usable is None:
+        addresses = dict.fromkeys(str(entry[4][0]) for entry in found)
+        usable = [each for each in addresses if allowed(each, private=self._private)]
+        if not usable:
             raise WebhookFailed(f"{self._host}: its address is not allowed (ALERT_WEBHOOK_PRIVATE)", again=False)
         return usable
 
-    async def _open(self, address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        if not self._tls:
-            return await asyncio.open_connection(address, self._port, limit=MAX_LINE)
-        context = await asyncio.to_thread(ssl.create_default_context)  # reads the system's certificates
-        return await asyncio.open_connection(
-            address, self._port, limit=MAX_LINE, ssl=context, server_hostname=self._host
-        )
+    async def _open(self, addresses: list[str]) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """To the first of them that takes it: `localhost` is often ::1 first, where nobody listens. Raises OSError."""
+        more: dict[str, Any] = {}
+        if self._tls:
+            context = await asyncio.to_thread(ssl.create_default_context)  # reads the system's certificates
+            more = {"ssl": context, "server_hostname": self._host}
+        for address in addresses[:-1]:
+            with contextlib.suppress(OSError):
+                return await asyncio.open_connection(address, self._port, limit=MAX_LINE, **more)
+        return await asyncio.open_connection(addresses[-1], self._port, limit=MAX_LINE, **more)
