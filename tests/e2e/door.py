@@ -53,9 +53,10 @@ TRIES = 4
 
 #: Every subject this system uses, instance ids aside (shared/wire/subjects.py is not asked: it could be wrong too).
 KNOWN = re.compile(
-    r"hotpath\.v1\.(admit|outcome|notice\.(registry|circuit)|(guardian|routing|provider)\.[a-z0-9]+"
+    r"hotpath\.v1\.(admit|outcome|usage|notice\.(registry|circuit)|(guardian|routing|provider)\.[a-z0-9]+"
     r"|reply\.ingress\.[a-z0-9]+|control\.[a-z0-9]+|beat\.(ingress|guardian|routing|provider)\.[a-z0-9]+"
-    r"|inbox\.(alive|ingress|guardian|routing|provider)\.[a-z0-9]+\.[a-z0-9]+)\Z"
+    r"|inbox\.(alive|ingress|guardian|routing|provider)\.[a-z0-9]+\.[a-z0-9]+"
+    r"|inbox\.(guardian|provider)\.[a-z0-9]+-(js|pull)\.[a-z0-9]+)\Z"
 )
 LABEL = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
 

@@ -94,6 +94,7 @@ def test_every_subject_is_the_codes_own() -> None:
         subjects.reply("loadgen", you),
         subjects.reply("loadgen", f"{you}-<n>"),
         subjects.OUTCOME,
+        subjects.USAGE,
         f"{subjects.PREFIX}.inbox.>",
         f"{subjects.PREFIX}.notice.*",
         f"{subjects.PREFIX}." + "{guardian,routing,provider}.<instance>",
@@ -114,7 +115,7 @@ def test_every_code_is_listed_with_its_status() -> None:
     listed: dict[str, int] = {}
     for group, status in re.findall(r"((?:`[a-z_]+`\s*)+)\((\d{3})\)", rows):
         listed |= dict.fromkeys(re.findall(r"`([a-z_]+)`", group), int(status))
-    http_only = {"not_found", "method_not_allowed", "unsupported_media_type", "headers_too_large"}
+    http_only = {"not_found", "method_not_allowed", "unsupported_media_type", "headers_too_large", "conflict"}
     families = {"internal_error", "service_unavailable"}
     assert listed == {
         code: status for code, status in _codes(errors.HotpathError).items() if code not in http_only | families
