@@ -80,6 +80,15 @@ async def test_the_longest_wait_and_the_tighter_bucket(limited: Limited) -> None
     assert (never.status, never.wait_ms, never.level) == ("limited", -1, "t")
 
 
+async def test_the_bucket_that_refuses_is_told(limited: Limited) -> None:
+    """The tenant has less left, and is sooner there: it is the key's limit that the client runs into."""
+    rates = Rates(tokens=500, tenant_tokens=1_000, key_tokens=900)
+    for key in ("k", "other"):
+        assert (await limited.reserve(rates, key=key)).status == "ok"
+    answer = await limited.reserve(msgspec.structs.replace(rates, tenant_tokens=100_000, key_tokens=1_000))
+    assert (answer.level, answer.counted and answer.counted.tokens and answer.counted.tokens.limit) == ("k:k", 1_000)
+
+
 async def test_a_refused_request_takes_and_holds_nothing(limited: Limited) -> None:
     """I2: neither money nor a place in another bucket."""
     tight = Rates(tokens=1, tenant_requests=100, key_requests=1)

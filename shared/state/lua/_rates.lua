@@ -1,6 +1,7 @@
 -- Put in front of reserve by scripts.py, after _rated.lua: token buckets of a minute and velocity counters. Advice, not
 -- money: fractions are welcome.
 
+local KINDS = {'requests', 'tokens'}
 local BLUR = 1e-6 -- sums of fractions are off in the 13th digit: that makes nobody wait a millisecond more
 local precise = time[1] * 1000 + time[2] / 1000 -- ms with their fraction: at 100 a second one takes 10
 
@@ -27,7 +28,7 @@ local function look(key, needs, limits)
       local ms = needs[kind] > limits[i] and -1 or math.max(1, math.ceil(short * 60000 / limits[i] - BLUR))
       if ms < 0 or ms > longest then
         longest = ms
-        refusal = {'limited', ms, level == 1 and 't' or 'k:' .. key, kind == REQUESTS and 'requests' or 'tokens'}
+        refusal = {'limited', ms, level == 1 and 't' or 'k:' .. key, KINDS[kind]}
       end
       if ms < 0 then break end
     end
@@ -35,12 +36,15 @@ local function look(key, needs, limits)
   return found, refusal
 end
 
--- Appends {limit, left, full in ms} of the tighter bucket of requests, then of tokens (limit 0: none), to a reply.
+-- Appends {limit, left, full in ms} of the tighter bucket of requests, then of tokens (limit 0: none), to a reply; of
+-- the one that refuses, where one does.
 local function show(found, limits, reply)
   local own, size = found[2], #reply
   for kind = 1, 2 do
     local scarce, most = own, limits[2 + kind]
-    if limits[kind] > 0 and (most == 0 or found[1][kind] < own[kind]) then scarce, most = found[1], limits[kind] end
+    local tenants = limits[kind] > 0 and (most == 0 or found[1][kind] < own[kind])
+    if reply[4] == KINDS[kind] then tenants = reply[3] == 't' end
+    if tenants then scarce, most = found[1], limits[kind] end
     local at = size + 3 * kind - 3
     reply[at + 1], reply[at + 2], reply[at + 3] = most, 0, 0
     if most > 0 then
