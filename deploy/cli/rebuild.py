@@ -180,8 +180,7 @@ async def _read(state: State, tenant: str, result: Rebuilt | None = None) -> _Bo
             replay.feed(line)
         if look.whole:
             break
-    since = position(replay.restored or ("" if replay.whole else replay.first))
-    return _Books(replay, look.fields, since, result or Rebuilt(tenant))
+    return _Books(replay, look.fields, replay.since, result or Rebuilt(tenant))
 
 
 async def _until_still(state: State, tenant: str, work: Any) -> None:

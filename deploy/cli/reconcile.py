@@ -21,6 +21,7 @@ from deploy.cli.copy import CopyUnavailable, opened
 from deploy.cli.verify import wanted
 from deploy.cli.where import Where
 from shared.core import money
+from shared.core.journal import Replay
 from shared.core.reconcile import KINDS, RIGHT, Action, Decision, Kind, Known, decide
 from shared.core.transitions import position
 from shared.settings import Settings
@@ -193,6 +194,7 @@ class _Run:
         self._token = secrets.token_hex(8)
         self._steps: list[_Step] = []
         self._done = 0
+        self._since: dict[str, tuple[int, int]] = {}  # of each tenant, see Replay
         self.report = Report(loaded.lines, loaded.total, loaded.bad, loaded.told, options.dry_run)
 
     async def go(self, names: dict[str, str], unknown_to: str) -> Report:
@@ -223,8 +225,8 @@ class _Run:
             raise Failed("another `hotpath reconcile` is at work; wait for it (or for a minute, if it was killed)")
 
     async def _tenant(self, tenant: str, name: str) -> None:
-        ledger, grace = self._state.ledger, self._state.lease_grace_ms
-        async for rid, calls in accounts(ledger, tenant, self._state.clock.now(), grace):
+        ledger, grace, replay = self._state.ledger, self._state.lease_grace_ms, Replay()
+        async for rid, calls in accounts(ledger, replay, tenant, self._state.clock.now(), grace):
             billed = self._bill.of(rid)
             for call, cost in billed.items():
                 standing = calls.get(call) or calls.get(0)
@@ -237,6 +239,7 @@ class _Run:
             for call, standing in calls.items():
                 if call not in billed and not (call == 0 and billed):
                     await self._unbilled(tenant, name, rid, call, standing)
+        self._since[tenant] = replay.since
 
     async def _copied(self, names: dict[str, str]) -> None:
         """Calls that the books have forgotten: the second copy may know them for a while yet."""
@@ -252,10 +255,7 @@ class _Run:
             self._say(str(error))
 
     async def _of_copy(self, record: UsageRecord, name: str, cost: int) -> None:
-        oldest = await self._state.ledger.journal(tenant=record.tenant, count=1)
-        trimmed = (
-            bool(oldest) and oldest[0].op in {"snap", "restore"} and position(record.line) < position(oldest[0].id)
-        )
+        trimmed = position(record.line) <= self._since[record.tenant]
         known = Known(state="none", entry=False, key=record.key, user=record.user, day=record.day)
         if not record.line:  # the guardians are about to post it
             decision = Decision("later")

@@ -13,7 +13,7 @@ from typing import Final
 
 from msgspec import Struct
 
-from shared.core.transitions import HOLDING, NONE, TAKING, UNKNOWN, Call, Line, follow
+from shared.core.transitions import HOLDING, NONE, TAKING, UNKNOWN, Call, Line, follow, position
 
 PERIODS: Final = ("day", "month", "lifetime")
 
@@ -72,11 +72,17 @@ class Replay:
         self.lines = 0
         self.first = ""  # id of the first line
         self.last = ""  # and of the newest
+        self.trimmed = ""  # id of the snapshot that it begins with, when lines were dropped before it
         self.whole = True  # it began empty: every call is known from its beginning
         self.restored = ""  # id of the lost journal's line whose balances were added again (lua/merge.lua)
         self._requests: dict[str, _Request] = {}
 
     # ---- what it knows -----------------------------------------------------------------------------------------------
+
+    @property
+    def since(self) -> tuple[int, int]:
+        """The position of the line from which on it knows of every posting; earlier ones are in a sum, or trimmed."""
+        return max(position(self.restored), position(self.trimmed))
 
     def call(self, rid: str, number: int) -> Call | None:
         """The call, or None when no line told of it."""
@@ -183,7 +189,7 @@ class Replay:
         flat = line.more[0]
         fields = dict(zip(flat[::2], flat[1::2], strict=True))
         if self.lines == 1:
-            self.whole = False
+            self.whole, self.trimmed = False, line.id
         else:
             wrong += [("snap", each) for each in self.differences(fields)]
         self.balances, self.limits = read_snapshot(fields)

@@ -23,13 +23,12 @@ class Standing(Struct, frozen=True):
 
 
 async def accounts(
-    books: Books, tenant: str, now: int, lease_grace_ms: int
+    books: Books, replay: Replay, tenant: str, now: int, lease_grace_ms: int
 ) -> AsyncIterator[tuple[str, dict[int, Standing]]]:
     """Every request of the tenant, with its calls by number; call 0 stands for a request without any.
 
-    The journal is held in memory while this goes on. Raises StateUnavailable.
+    The journal is held in memory, in an empty `replay`, while this goes on. Raises StateUnavailable.
     """
-    replay = Replay()
     while lines := await books.journal(tenant=tenant, after=replay.last):
         for line in lines:
             replay.feed(line)

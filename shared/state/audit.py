@@ -172,9 +172,7 @@ class _Reader:
 
     def _lost(self, line: str) -> bool:
         """Whether a line should be in the journal, and is not: it is no older than what is kept."""
-        if self.replay.restored:  # what it held until then was added in one sum
-            return position(line) > position(self.replay.restored)
-        return self.replay.whole or position(line) > position(self.replay.first)
+        return position(line) > self.replay.since
 
 
 def _compare(found: Audit, replay: Replay, look: Look, held: dict[str, list[Entry]]) -> None:

@@ -15,7 +15,7 @@ from typing import Final
 
 from msgspec import Struct
 
-from shared.core.transitions import Line
+from shared.core.transitions import milliseconds
 from shared.state import keys
 from shared.state.base import Settled, StateUnavailable
 from shared.state.books import MAX_AMOUNT, PAGE
@@ -145,11 +145,13 @@ async def search(ledger: RedisLedger, tenant: str, records: Iterable[UsageRecord
     wanted: Mapping[Call, UsageRecord] = {_call(record): record for record in records}
     oldest = await ledger.journal(tenant=tenant, count=1)
     # it is only ever cut before a snapshot; one that begins otherwise was never cut
-    found = Found({}, {}, _ms(oldest[0]) if oldest and oldest[0].op in {"snap", "restore"} else 0)
+    found = Found({}, {}, milliseconds(oldest[0].id) if oldest and oldest[0].op in {"snap", "restore"} else 0)
     after = str(max(0, min(record.at for record in wanted.values()) - SLACK_MS))
     while lines := await ledger.journal(tenant=tenant, after=after, count=PAGE):
         after = lines[-1].id
         for line in lines:
+            if line.op == "restore":  # what a lost journal held until its snapshot is in one sum
+                found.since = max(found.since, milliseconds(line.more[0]))
             if (call := (line.rid, line.call)) not in wanted:
                 continue
             if line.op in _POSTED:
@@ -157,7 +159,3 @@ async def search(ledger: RedisLedger, tenant: str, records: Iterable[UsageRecord
             elif line.op == _BOUND:
                 found.bounds[call] = line.settled
     return found
-
-
-def _ms(line: Line) -> int:
-    return int(line.id.partition("-")[0])

@@ -3,6 +3,7 @@ replayed in tests/state/test_journal.py."""
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from shared.core.journal import Replay, buckets_of
@@ -223,6 +224,15 @@ def test_balances_that_were_given_back_are_added():
     assert replay.feed(line("restore", 0, (0, 0, 0), "7-1", back, rid="")) == []
     assert (replay.balances["t:lifetime"], replay.balances["k:k2:2024-10"]) == ([60, 100, 0], [5, 0, 0])
     assert replay.limits == {"t": ["-", "-", "500"], "k:k1": ["700", "-", "-"]}
-    assert (replay.restored, replay.whole) == ("7-1", False)
+    assert (replay.restored, replay.whole, replay.since) == ("7-1", False, (7, 1))
     assert replay.feed(line("late", 1, (60, 0, -100), 60, 0, 100, rid=OTHER)) != []  # its hold was not given back
     assert [wrong.rule for wrong in replay.feed(line("extend", 0, (0, 341, 0), 441))] == ["limit"]
+
+
+def test_a_journal_knows_of_nothing_before_it_was_trimmed():
+    """Also when balances were given back later: a rebuild would post again what stood in the lines that are gone."""
+    replay = Replay()
+    replay.feed(msgspec.structs.replace(line("snap", 0, (0, 0, 0), SNAP, rid=""), id="20-0"))
+    assert replay.since == (20, 0)
+    replay.feed(msgspec.structs.replace(line("restore", 0, (0, 0, 0), "7-1", [], rid=""), id="30-0"))
+    assert (replay.restored, replay.since) == ("7-1", (20, 0))

@@ -19,7 +19,7 @@ from shared.bus.jetstream import JetStream, inboxes
 from shared.bus.nats import NatsBus
 from shared.bus.stored import StreamPlan
 from shared.core.transitions import POSTING
-from shared.state import keys, ledger
+from shared.state import keys, late, ledger
 from shared.state.base import StateUnavailable
 from shared.state.redis import State
 from shared.wire import subjects
@@ -344,3 +344,34 @@ async def test_a_bill_of_calls_that_the_copy_alone_knows(world: World, tmp_path:
             (off, "trimmed"), (waiting, "later"),
         }  # fmt: skip
     assert (await world.money.held())[0] == 61
+
+
+async def test_a_bill_of_calls_that_were_lost_and_given_back(world: World, tmp_path: Path) -> None:
+    """They are in the snapshot's sum, or posted again: the copy tells of them too, and nothing is posted once more;
+    neither by a guardian that has an old record delivered again."""
+    world.tenant = (await world.money.state.create_key(f"lost-{new_rid()[:6]}")).tenant_id
+    world.money = Money(world.money.state, world.tenant)
+    before = await world.call(10)
+    at = world.money.now
+    await world.snapshot()
+    await world.call(20)
+    await world.money.raw("DEL", *keys.ledger(world.tenant))
+    await world.call(40)  # it goes on
+    await world.rebuild()
+    file = tmp_path / "bill"
+    file.write_text(
+        "".join(
+            f'{{"request_id": "{rid}.1", "model": "m", "endpoint": "e", "input_tokens": 1, "output_tokens": 1,'
+            f' "cost_nano_usd": {cost}}}\n'
+            for rid, cost in world.bill.items()
+        )
+    )
+    found = await reconcile(world.money.state, world.settings, file, Options(), print)
+    assert (found.difference, found.kinds["right"].calls) == (0, 3)
+    record = UsageRecord(
+        tenant=world.tenant, rid=before, call=1, key=KEY, user="", day=0, model="m", endpoint="e", cost=10,
+        estimated=False, line="", at=at,
+    )  # fmt: skip
+    (again,) = await late.post(world.money.state.ledger, [record], at + HOUR, HOUR)
+    assert isinstance(again, late.Untold)
+    await world.is_the_bill()
