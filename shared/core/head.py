@@ -8,13 +8,17 @@ from shared.wire.messages import Admission
 def guardian_head(admission: Admission) -> dict[str, str]:
     """Status, estimated cost (`$0.03`, D12; none in mode `off`), the guardian's own wall time in milliseconds (D9), and
     what else it has to say: rate limits, a lowered output cap."""
-    head = {headers.BR_GUARDIAN_STATUS: admission.status}
+    head = status_head(admission.status, admission.overhead_us)
     if admission.estimate >= 0:
         head[headers.BR_ESTIMATED_COST] = show_usd(admission.estimate)
-    head[headers.BR_GUARDIAN_OVERHEAD] = f"{admission.overhead_us / 1000:.1f}"
     if admission.extra:
         head.update(admission.extra)
     return head
+
+
+def status_head(status: str, overhead_us: int) -> dict[str, str]:
+    """What is known of every request that a guardian had."""
+    return {headers.BR_GUARDIAN_STATUS: status, headers.BR_GUARDIAN_OVERHEAD: f"{overhead_us / 1000:.1f}"}
 
 
 def rate_limit_head(kind: str, limit: int, left: int, full_ms: int) -> dict[str, str]:

@@ -331,8 +331,11 @@ async def test_personal_data_is_flagged_or_blocked(rig, caplog):
     """S2-28: by the tenant's policy; blocked means that nothing is held."""
     strict, watched = await owner(rig, 10**12, pii="block"), await owner(rig, pii="flag")
     body = about("ssn 536-22-8726, mail bob@example.org " + "x " * 30_000)  # large: scanned in a thread
-    error = (await strict.failed(body=body)).error
-    assert (error.status, error.code) == (400, "content_policy_violation")
+    failed = await strict.failed(body=body)
+    assert (failed.error.status, failed.error.code) == (400, "content_policy_violation")
+    assert failed.head is not None
+    assert failed.head.keys() == {headers.BR_GUARDIAN_STATUS, headers.BR_GUARDIAN_OVERHEAD}  # S2-23
+    assert failed.head[headers.BR_GUARDIAN_STATUS] == "on"
     assert await strict.pending() == 0
     route = await watched.forwarded(body=body)
     assert (route.ask.body, route.admission.status) == (body, "on")
@@ -345,5 +348,7 @@ async def test_a_scan_that_fails(rig, monkeypatch):
     monkeypatch.setattr("shared.core.pii.compile_policy", lambda *_: 1 / 0)
     watched, private = await owner(rig, pii="flag", mode="active"), await owner(rig, pii="redact")
     assert (await watched.forwarded(max_estimate=0)).admission.status == "degraded"
-    error = (await private.failed()).error
-    assert (error.status, error.code) == (503, "scan_unavailable")
+    failed = await private.failed()
+    assert (failed.error.status, failed.error.code) == (503, "scan_unavailable")
+    assert failed.head is not None
+    assert failed.head[headers.BR_GUARDIAN_STATUS] == "degraded"

@@ -16,7 +16,7 @@ from shared.bus import replies
 from shared.bus.base import BusUnavailable, PayloadTooLarge, Subscription
 from shared.bus.sender import NoLiveInstance
 from shared.core import tokens
-from shared.core.head import guardian_head
+from shared.core.head import guardian_head, status_head
 from shared.core.overload import Queue, Shares
 from shared.service.killat import reach, reach_soon
 from shared.service.usage import UsageStream
@@ -171,7 +171,7 @@ class Guardian:
         self, ask: Ask, hops: tuple[Hop, ...], at: int, began: float, since: float, *, direct: bool
     ) -> None:
         """One request, whatever becomes of it."""
-        pending = None
+        pending = principal = None
         try:
             if not self._queue.begin(since, time.monotonic()):
                 self._refusals.fail(ask, Overloaded(), hops)
@@ -188,7 +188,9 @@ class Guardian:
             else:
                 self._refuse(pending, unwanted)
         except HotpathError as exc:
-            self._refusals.fail(ask, exc, hops)
+            status = decide.refusal_status(exc, principal)
+            took = int((time.perf_counter() - began) * 1_000_000)
+            self._refusals.fail(ask, exc, hops, status_head(status, took))
         except Exception:  # the process's door: one request must not take the others with it
             self._ctx.log.exception("a request failed", extra={"requestId": ask.label, "rid": ask.rid})
             if pending is not None:

@@ -26,6 +26,8 @@ from shared.wire.errors import (
     DeadlineExceeded,
     EstimateExceeded,
     Forbidden,
+    GatewayFault,
+    HotpathError,
     ModelNotFound,
     quote,
 )
@@ -110,6 +112,13 @@ def weigh(house: House, ask: Ask, principal: Principal, ratio: int, status: str 
         shown = "off" if admission.status == "on" else admission.status
         return msgspec.structs.replace(admission, estimate=-1, status=shown), fault
     return admission, fault
+
+
+def refusal_status(error: HotpathError, principal: Principal | None) -> str:
+    """The guardian's status, as told to who was refused before the request was weighed."""
+    if isinstance(error, GatewayFault):
+        return "degraded"
+    return "off" if principal is not None and principal.mode == "off" else "on"
 
 
 def seatbelt(ask: Ask, principal: Principal, admission: Admission) -> EstimateExceeded | None:
