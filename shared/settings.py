@@ -270,8 +270,12 @@ def _faults(settings: Settings) -> Iterator[str]:
     if not _url_fits(settings.redis_url, ("redis", "rediss")):
         yield "REDIS_URL: expected redis://[user:password@]host:port/number (or rediss://)"
     webhook = ("https", "http") if settings.alert_webhook_private else ("https",)
-    if settings.alert_webhook_url and not _url_fits(settings.alert_webhook_url, webhook):
-        yield "ALERT_WEBHOOK_URL: expected https://host[:port]/path, or http:// with ALERT_WEBHOOK_PRIVATE=true"
+    url = settings.alert_webhook_url
+    if url and not (_url_fits(url, webhook) and _PLAIN_URL.match(url)):
+        yield (
+            "ALERT_WEBHOOK_URL: expected https://host[:port]/path (no user before the host, escaped where it must be),"
+            " or http:// with ALERT_WEBHOOK_PRIVATE=true"
+        )
     try:
         floor = settings.budget_min_reservation
     except ValueError as exc:
@@ -290,6 +294,10 @@ def _role_faults(settings: Settings) -> Iterator[str]:
             yield f"WORKER_ROLES: {role!r} is not a role; use {', '.join(ROLES)}"
     if len(set(settings.roles())) != len(settings.roles()):
         yield "WORKER_ROLES: a role is named twice; run a second process instead"
+
+
+#: A URL that stands in a request line as it is. Credentials before an @ would be shown, and sent nowhere.
+_PLAIN_URL: Final = re.compile(r"[A-Za-z]+://[^@/?#\s]+([/?][!-~]*)?\Z", re.ASCII)
 
 
 def _url_fits(url: str, schemes: tuple[str, ...]) -> bool:

@@ -130,6 +130,8 @@ def test_the_alert_webhook():
     """https to the world, http and private addresses only when it is said; its path is a secret."""
     assert faults(ALERT_WEBHOOK_URL="http://hooks.example/a")[0].startswith("ALERT_WEBHOOK_URL: expected https://")
     assert faults(ALERT_WEBHOOK_URL="ftp://hooks.example/a", ALERT_WEBHOOK_PRIVATE="true")
+    for odd in ("https://ann:pw@hooks.example/a", "https://hooks.example/a b", "https://hooks.example/é"):
+        assert faults(ALERT_WEBHOOK_URL=odd)[0].startswith("ALERT_WEBHOOK_URL: expected https://"), odd
     got = settings.load({**SECRETS, "ALERT_WEBHOOK_URL": "https://hooks.example:444/s3cr3t?k=v"})
     assert "s3cr3t" not in repr(got)
     assert "hooks.example:444" in repr(got)
