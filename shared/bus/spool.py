@@ -68,7 +68,8 @@ def read(descriptor: int, offset: int) -> Frames:
             return Frames(payloads, offset, damaged=False)
         length, crc = _HEAD.unpack(head)
         end = offset + _HEAD.size + length
-        if length > MAX_FRAME or end > size:  # torn, unless it claims what no writer of ours writes
+        # torn (of nothing but zeros, where the power went), unless it claims what no writer of ours writes
+        if not length or length > MAX_FRAME or end > size:
             return Frames(payloads, offset, damaged=length > MAX_FRAME)
         payload = os.pread(descriptor, length, offset + _HEAD.size)
         if zlib.crc32(payload) != crc:

@@ -33,8 +33,8 @@ class Known(Struct, frozen=True, kw_only=True):
     """What the books say of a call, in nano-USD.
 
     State none: only its request is known. `entry`: the ledger remembers the request itself, not the journal alone;
-    `fresh`: it does, of a later life that does not know the call; `running`: it is dispatched or reserved, and its
-    lease is not over."""
+    `fresh`: it does, of a later life that does not know the call, or not all that was posted for it; `running`: it is
+    dispatched or reserved, and its lease is not over."""
 
     state: State
     posted: int = 0

@@ -9,6 +9,7 @@ back: there is no second copy then, and no settlement is lost for it.
 
 from typing import TYPE_CHECKING, Final
 
+from shared.bus.base import PayloadTooLarge
 from shared.bus.jetstream import JetStream, inboxes
 from shared.bus.spool import Collector, Spool
 from shared.bus.stored import StreamPlan, StreamUnavailable
@@ -75,9 +76,13 @@ class UsageStream:
             if self.there or not self._ctx.state.available:
                 raise
             await self._post(payload)
+        except PayloadTooLarge as error:  # a NATS that takes less than the one of then, or than a batch needs
+            if not self._ctx.state.available:
+                raise StreamUnavailable("Redis is away, and JetStream takes no message of that size") from error
+            await self._post(payload)
 
     async def _post(self, payload: bytes) -> None:
-        """Without a stream: straight to Redis."""
+        """Without the stream: straight to Redis."""
         try:
             stored = decode_stored(payload)
         except UNREADABLE:

@@ -51,6 +51,7 @@ def _of_entry(entry: Entry, told: Call | None, whole: bool, lapsed: int) -> Stan
     holding = entry.state in {"reserved", "dispatched"}
     known = Known(
         state=entry.state, posted=entry.cost, held=entry.amount, estimated=entry.estimated,
+        fresh=told is not None and told.again > 0,  # what was posted before is put right once the entry is forgotten
         running=holding and entry.deadline >= lapsed, key=entry.key, user=entry.user, day=entry.day,
     )  # fmt: skip
     ended = entry.deadline or (milliseconds(told.line) if told else 0)

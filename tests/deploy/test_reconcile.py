@@ -142,6 +142,8 @@ async def test_a_call_that_was_posted_twice_is_given_back(money: Money, office: 
         await money.age(2 * HOUR)
         await money.expire()
         await money.settle(rid, cost=60)
+    waiting = await office([line(rid, 60)])  # the entry knows of the last one alone: not right, and not by how much
+    assert (kinds(waiting), waiting.waiting.calls) == ({"later": (1, 0)}, 1)
     await money.age(2 * HOUR)
     await money.expire()
     assert (await money.held())[0] == 180

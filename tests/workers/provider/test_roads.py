@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from shared.bus import spool
+from shared.bus.base import PayloadTooLarge
 from shared.state.base import Settled, StateUnavailable
 from shared.wire import subjects
 from shared.wire.records import UsageBatch, UsageRecord, decode_stored
@@ -42,6 +43,10 @@ def away(rig: Rig, monkeypatch: pytest.MonkeyPatch, times: int = 1_000_000) -> l
 def without_jetstream(rig: Rig) -> None:
     rig.broker.service = lambda _subject, _payload, _reply: False
     rig.provider._usage.stream.there = False
+
+
+async def too_large(_payload: bytes, _within_s: float) -> int:
+    raise PayloadTooLarge
 
 
 async def records(rig: Rig, count: int) -> list[UsageRecord]:
@@ -134,11 +139,15 @@ async def test_without_both_it_is_on_disk_before_the_end_and_published_later(
             await asyncio.sleep(0.01)
 
 
+@pytest.mark.parametrize("small", [False, True])
 async def test_without_any_jetstream_the_spool_is_posted_to_redis_itself(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, small: bool
 ) -> None:
-    """A NATS that has none: no second copy, and no settlement lost."""
-    without_jetstream(rig)
+    """A NATS that has none, or that takes no message of that size: no second copy, and no settlement lost."""
+    if small:
+        monkeypatch.setattr(rig.provider._usage.stream, "publish", too_large)
+    else:
+        without_jetstream(rig)
     away(rig, monkeypatch, times=1)
     request = await rig.send(STREAM)
     assert (await rig.answer(request)).end.summary.settled is False
