@@ -116,6 +116,27 @@ async def test_velocity_by_key_and_once_per_request(limited: Limited) -> None:
     assert (unrated.status, unrated.counted) == ("ok", None)
 
 
+@pytest.mark.parametrize("junk", [b"junk", b"\xc3", b"\x91\x01", b"\x97\xa1x\x01\x01\x01\x01\x01\x01", b"\xdc", None])
+async def test_money_does_not_hang_on_damaged_buckets(limited: Limited, junk: bytes | None) -> None:
+    """D4: they are advice. None: the key is of another type."""
+    rates, rid, ledger, now = (
+        Rates(tokens=9, key_requests=5),
+        secrets.token_hex(16),
+        limited.state.ledger,
+        limited.state.clock.now,
+    )
+    key = b"hp:{%b}:rate" % limited.tenant.encode()
+    assert (await limited.reserve(rates, rid=rid)).status == "ok"
+    await ledger.dispatch(
+        tenant=limited.tenant, rid=rid, delivery=1, instance="i", lost="", amount=1, max_calls=1, not_after=now() + 9000
+    )
+    damage = (b"SET", key, b"x") if junk is None else (b"HSET", key, b"t", junk, b"k:k", junk)
+    await limited.state._side.execute(*damage, within=1.0)
+    assert (await ledger.settle(tenant=limited.tenant, rid=rid, call=1, cost=1, tokens=5)).status == "settled"
+    again = await limited.reserve(rates)
+    assert (again.status, again.counted and again.counted.requests and again.counted.requests.left) == ("ok", 4)
+
+
 async def test_what_was_not_used_goes_back(limited: Limited) -> None:
     """Tokens are taken by estimate and settled by usage; what is used beyond is owed. A void gives all of them back."""
     rates, rid, voided = Rates(tokens=100, tenant_tokens=1000), secrets.token_hex(16), secrets.token_hex(16)

@@ -7,7 +7,7 @@ local precise = time[1] * 1000 + time[2] / 1000 -- ms with their fraction: at 10
 
 -- A scope's buckets as of now; full ones when it is new. One without a limit (0) is bottomless, and full when it gets one.
 local function scope(raw, requests, tokens)
-  local s = raw and cmsgpack.unpack(raw) or {requests, tokens, precise, 0, 0, 0, 0}
+  local s = raw and remembered(raw) or {requests, tokens, precise, 0, 0, 0, 0}
   local ms = math.max(0, precise - s[AT])
   s[REQUESTS] = requests == 0 and math.huge or math.min(requests, s[REQUESTS] + ms * requests / 60000)
   s[TOKENS] = tokens == 0 and math.huge or math.min(tokens, s[TOKENS] + ms * tokens / 60000)
@@ -18,7 +18,7 @@ end
 -- The buckets of a tenant and a key as of now, and a refusal when one has not enough: the one it waits longest for; -1
 -- ms when it never will have.
 local function look(key, needs, limits)
-  local stored = redis.call('HMGET', rates, 't', 'k:' .. key)
+  local stored = redis.pcall('HMGET', rates, 't', 'k:' .. key)
   local found = {scope(stored[1], limits[1], limits[2]), scope(stored[2], limits[3], limits[4])}
   local longest, refusal = 0, nil
   for i = 1, 4 do
@@ -66,7 +66,7 @@ local function take(key, found, needs, limits, reply)
   if own[MINUTE] ~= minute then own[MINUTE], own[IN_MINUTE] = minute, 0 end
   if own[HOUR] ~= hour then own[HOUR], own[IN_HOUR] = hour, 0 end
   own[IN_MINUTE], own[IN_HOUR] = own[IN_MINUTE] + 1, own[IN_HOUR] + 1
-  redis.call('HSET', rates, 't', cmsgpack.pack(found[1]), 'k:' .. key, cmsgpack.pack(own))
+  redis.pcall('HSET', rates, 't', cmsgpack.pack(found[1]), 'k:' .. key, cmsgpack.pack(own))
   show(found, limits, reply)
   reply[#reply + 1], reply[#reply + 2] = own[IN_MINUTE], own[IN_HOUR]
   return reply
