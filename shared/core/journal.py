@@ -201,7 +201,8 @@ class Replay:
         for name, sums in balances.items():
             self.balances.setdefault(name, [0, 0, 0])[0] += sums[0]
         for level, three in limits.items():
-            self.limits.setdefault(level, three)
+            stand = self.limits.get(level, _UNLIMITED)
+            self.limits[level] = [old if new == "-" else new for new, old in zip(stand, three, strict=True)]
 
     def _follow(self, line: Line, wrong: list[tuple[str, str]]) -> None:
         request = self._requests.get(line.rid)

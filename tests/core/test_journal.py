@@ -220,10 +220,10 @@ def test_balances_that_were_given_back_are_added():
     replay.feed(RESERVE)
     limit = line("limit", 0, (0, 0, 0), "k:k1", "day", 700, rid="")
     assert replay.feed(limit) == []
-    back = ["t:lifetime", "60 0 0", "k:k2:2024-10", "5 0 0", "t:limit", "- - 500", "k:k1:limit", "1 - -"]
+    back = ["t:lifetime", "60 0 0", "k:k2:2024-10", "5 0 0", "t:limit", "- - 500", "k:k1:limit", "1 - 9000"]
     assert replay.feed(line("restore", 0, (0, 0, 0), "7-1", back, rid="")) == []
     assert (replay.balances["t:lifetime"], replay.balances["k:k2:2024-10"]) == ([60, 100, 0], [5, 0, 0])
-    assert replay.limits == {"t": ["-", "-", "500"], "k:k1": ["700", "-", "-"]}
+    assert replay.limits == {"t": ["-", "-", "500"], "k:k1": ["700", "-", "9000"]}
     assert (replay.restored, replay.whole, replay.since) == ("7-1", False, (7, 1))
     assert replay.feed(line("late", 1, (60, 0, -100), 60, 0, 100, rid=OTHER)) != []  # its hold was not given back
     assert [wrong.rule for wrong in replay.feed(line("extend", 0, (0, 341, 0), 441))] == ["limit"]

@@ -236,9 +236,11 @@ async def test_redis_comes_back_empty_and_goes_on(world: World) -> None:
     assert (await world.money.held())[0] == 40
     await world.snapshot()  # a guardian's sweep wrote one of what there is now, and the copy has it
     await world.call(160)
+    await world.money.limit("day", 900)
     done = await world.rebuild()
     assert (done.settlements, bool(done.snapshot)) == (1, True)
-    assert (await world.money.levels())["month"].limit == 1000
+    found = await world.money.levels()
+    assert (found["day"].limit, found["month"].limit) == (900, 1000)
     await world.is_the_bill()
     await world.call(80)
     await world.is_the_bill()

@@ -2,9 +2,9 @@
 -- merge(args=['', grace, tombstone, unconfirmed, last, snapshot, field, value...], keys=[balances, entries, leases, journal, rates])
 --
 -- Redis lost a tenant with all it had, and may have gone on since with nothing: adds what a snapshot of the second copy
--- had settled to what is there, and sets its limits where there are none. The caller has left out what was pending and
--- added what was unconfirmed, for their entries are lost; `snapshot` is the id of the line that it was in the lost
--- journal. Once: the caller looks for the line that this writes. Keys and their types: _balances.lua.
+-- had settled to what is there, and sets its limits in each period of a level that has none. The caller has left out
+-- what was pending and added what was unconfirmed, for their entries are lost; `snapshot` is the id of the line that it
+-- was in the lost journal. Once: the caller looks for the line that this writes. Keys and their types: _balances.lua.
 -- Returns {'merged', id of the journal's line} | {'moved'}: the journal's newest line is not `last` | {'lost'}: the
 -- balances alone are gone, see restore.lua
 local last, snapshot = ARGV[5], ARGV[6]
@@ -17,8 +17,14 @@ for i = 7, #ARGV, 2 do
   local field, value = ARGV[i], ARGV[i + 1]
   fields[i - 6], fields[i - 5] = field, value
   if string.sub(field, -6) == ':limit' then
-    local set = redis.call('HSETNX', balances, field, value)
-    if string.sub(field, 1, 2) == 'u:' then users = users + set end
+    local limits = {string.match(value, '^([%d-]+) ([%d-]+) ([%d-]+)$')}
+    local stand = {string.match(redis.call('HGET', balances, field) or '- - -', '^([%d-]+) ([%d-]+) ([%d-]+)$')}
+    if #limits ~= 3 or #stand ~= 3 then damaged() end
+    for period = 1, 3 do
+      if stand[period] == '-' then stand[period] = limits[period] end
+    end
+    local new = redis.call('HSET', balances, field, table.concat(stand, ' '))
+    if string.sub(field, 1, 2) == 'u:' then users = users + new end
   else
     local settled, pending, held = balance(redis.call('HGET', balances, field))
     local more = balance(value)
