@@ -173,6 +173,11 @@ async def test_the_output_ratio(state: State, money: Money, tracker: Tracker) ->
         assert await ratio() == before
     await tracker.learn(tracker.record(input_tokens=1, output_tokens=10**9))  # noise does not reach the sky
     assert await ratio() < 101_000_000
+    for junk in ("junk", "nan", "-inf", "-5", "1e300", ""):  # D4: no request is refused for it, and it is learned anew
+        await money.raw("HSET", keys.balances(money.tenant), "ratio", junk)
+        assert await ratio() == RATIO_ONE, junk
+        await tracker.learn(tracker.record(input_estimate=20, output_tokens=40))
+        assert await ratio() == 1_100_000, junk
 
 
 async def test_lost_balances_do_not_look_like_some(state: State, tracker: Tracker) -> None:

@@ -150,7 +150,8 @@ local function move(entry, settled, pending, held, guarded)
   end
   if guarded and not values[at + 2] or not values[3] then begin(guarded) end
   if guarded then
-    ratio = tonumber(values[at + 1] or 1000000)
+    ratio = tonumber(values[at + 1])
+    if not (ratio and ratio >= 0 and ratio <= 1e9) then ratio = 1000000 end -- not learned yet, or damaged: it is advice
     if pending > 0 and pending > left then
       return left > 0 and left or 0, levels[math.ceil(tightest / 3)], PERIODS[(tightest - 1) % 3 + 1]
     end

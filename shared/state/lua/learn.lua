@@ -17,7 +17,8 @@
 local ratio
 for _, sample in ipairs(given.samples) do
   if counts(sample[1]) then
-    ratio = ratio or tonumber(redis.call('HGET', balances, 'ratio') or 1000000)
+    ratio = ratio or tonumber(redis.call('HGET', balances, 'ratio'))
+    if not (ratio and ratio >= 0 and ratio <= 1e9) then ratio = 1000000 end
     ratio = ratio + 0.1 * (math.min(sample[3] / sample[2], 1000) * 1000000 - ratio)
   end
 end
