@@ -10,10 +10,25 @@ import pytest
 from tests.e2e.door import SECRETS, SETTINGS, Door, catalogue
 from tests.e2e.drive import Client, session
 from tests.e2e.echo import Echo
+from tests.e2e.outage import Servers
 from tests.e2e.rig import Up
 from tests.e2e.sim import Sim, running_simulator
 
 _numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="module")
+def around(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    """NATS and Valkey of a module's own, behind fault proxies."""
+    with Servers(tmp_path_factory.mktemp("servers")) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def proxied(tmp_path_factory: pytest.TempPathFactory, around: Servers) -> Iterator[Up]:
+    """Two of each worker, everything through the proxies: the `up` of modules that strike at servers."""
+    with Up(tmp_path_factory.mktemp("up"), "--scale", "guardian=2,routing=2,provider=2", env=around.env()) as running:
+        yield running
 
 
 @pytest.fixture

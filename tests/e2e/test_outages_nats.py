@@ -36,17 +36,9 @@ whole_matrix = pytest.mark.skipif(not FULL, reason="OUTAGES=1")
 
 
 @pytest.fixture(scope="module")
-def around(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
-    """NATS and Valkey of our own, behind proxies."""
-    with Servers(tmp_path_factory.mktemp("servers")) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def up(tmp_path_factory: pytest.TempPathFactory, around: Servers) -> Iterator[Up]:
-    """Two of each worker, everything through the proxies."""
-    with Up(tmp_path_factory.mktemp("up"), "--scale", "guardian=2,routing=2,provider=2", env=around.env()) as running:
-        yield running
+def up(proxied: Up) -> Up:
+    """Behind the proxies."""
+    return proxied
 
 
 class Fault:

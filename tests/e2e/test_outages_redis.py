@@ -54,17 +54,9 @@ LATE_S = 0.25
 
 
 @pytest.fixture(scope="module")
-def around(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
-    """NATS and Valkey of our own, behind proxies."""
-    with Servers(tmp_path_factory.mktemp("servers")) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def up(tmp_path_factory: pytest.TempPathFactory, around: Servers) -> Iterator[Up]:
-    """Two of each worker, everything through the proxies."""
-    with Up(tmp_path_factory.mktemp("up"), "--scale", "guardian=2,provider=2", env=around.env()) as running:
-        yield running
+def up(proxied: Up) -> Up:
+    """Behind the proxies."""
+    return proxied
 
 
 class Pair:
@@ -267,10 +259,8 @@ def promises(pair: Pair) -> None:
             assert (one.seen.status, one.seen.error.get("code")) == (503, "ledger_unavailable"), (outage, one)
             assert one.seen.headers["x-br-guardian-status"] == "degraded"
         took = sorted(one.seen.took for one in hard)
-        assert took[int(len(took) * 0.95)] <= LATE_S, (
-            outage,
-            took[-5:],
-        )  # typically 10 to 110 ms; a busy machine's stalls
+        # typically 10 to 110 ms; in CI a handful of answers, and a busy machine's stalls among them
+        assert took[int(len(took) * (0.99 if FULL else 0.95))] <= LATE_S, (outage, took[-5:])
         assert took[-1] <= 4 * LATE_S, (outage, took[-5:])
     for outage in pair.free.outages:
         free = codes(pair.free.during(outage))

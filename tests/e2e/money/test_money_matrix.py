@@ -4,7 +4,7 @@ The kill points run in tests/e2e/test_kills.py, with the same proof at their end
 """
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,9 @@ from tests.e2e.sim import Sim
 
 
 @pytest.fixture(scope="module")
-def around(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
-    """NATS and Valkey of our own."""
-    with Servers(tmp_path_factory.mktemp("servers")) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def up(tmp_path_factory: pytest.TempPathFactory, around: Servers) -> Iterator[Up]:
-    """Two of each worker, everything through the proxies."""
-    with Up(tmp_path_factory.mktemp("up"), "--scale", "guardian=2,provider=2", env=around.env()) as running:
-        yield running
+def up(proxied: Up) -> Up:
+    """Behind the proxies."""
+    return proxied
 
 
 @pytest.fixture
