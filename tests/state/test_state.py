@@ -139,7 +139,7 @@ def test_named_numbers_are_written_out() -> None:
     ]  # fmt: skip
     for name in ("reserve", "dispatch", "topup", "extend", "settle", "void", "expire", "correct", "restore", "limit"):
         code = re.sub(rb"--[^\n]*|'[^'\n]*'", b"", scripts.ledger_script(name).text)
-        assert set(re.findall(rb"\b[A-Z][A-Z_]+\b", code)) <= {b"KEYS", b"ARGV", b"PERIODS"}
+        assert set(re.findall(rb"\b[A-Z][A-Z_]+\b", code)) <= {b"KEYS", b"ARGV", b"PERIODS", b"KINDS"}
 
 
 def test_keys_of_one_script_share_a_slot_and_buckets_are_dates() -> None:
