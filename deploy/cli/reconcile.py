@@ -204,6 +204,8 @@ class _Run:
             for tenant, name in names.items():
                 await self._tenant(tenant, name)
             await self._copied(names)
+            if unknown_to:
+                await self._must_be_unknown(names)
             for billed in self._bill.rest():
                 self._note(decide(None, billed.cost))
                 self.report.unknown.add(billed.cost, request=f"{billed.rid}.{billed.call}")
@@ -217,6 +219,25 @@ class _Run:
         known = [total.difference for kind, total in self.report.kinds.items() if kind not in {"unknown", "trimmed"}]
         self.report.difference = sum(known) + (self.report.unknown.amount if unknown_to else 0)
         return self.report
+
+    async def _must_be_unknown(self, names: dict[str, str]) -> None:
+        """No call is charged as an unknown one that the books of another tenant know, or may have forgotten."""
+        for other in (await wanted(self._state, "")).keys() - names.keys():
+            replay = Replay()
+            grace = self._state.lease_grace_ms
+            async for rid, _ in accounts(self._state.ledger, replay, other, self._state.clock.now(), grace):
+                self._bill.of(rid)
+            self._since[other] = replay.since
+        if next(self._bill.rest(), None) is None:
+            return
+        (since, _), span = max(self._since.values(), default=(0, 0)), self._options.complete
+        if since and (span is None or span[0] <= since):
+            await self._flush()
+            at = datetime.fromtimestamp(since / 1000, UTC).isoformat(timespec="seconds")
+            raise Failed(
+                f"calls of before {at} may be forgotten ones that were posted (LEDGER_JOURNAL_LINES), so no unknown"
+                " one is: --post-unknown takes a bill of later calls, whose time --complete FROM/UNTIL names"
+            )
 
     async def _claim(self) -> None:
         if self._options.dry_run:

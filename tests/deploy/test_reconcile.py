@@ -10,7 +10,7 @@ import pytest
 from deploy.cli.admin import Failed
 from deploy.cli.bill import Bill
 from deploy.cli.reconcile import Options, Report, run, span
-from shared.state import ledger
+from shared.state import keys, ledger
 from shared.state.audit import audit
 from shared.state.redis import State
 from tests.state.rig import DAY, HOUR, KEY, MINUTE, Money, new_rid, settings_for
@@ -165,6 +165,24 @@ async def test_unknown_calls_are_never_posted_unasked(money: Money, office: Offi
     assert (await office(lines, post_unknown=name)).difference == 500
     assert (await money.held())[0] == 560
     assert kinds(await office(lines, post_unknown=name)) == {"right": (2, 0)}
+
+
+async def test_a_call_that_may_be_known_is_not_posted_as_an_unknown_one(money: Money, office: Office) -> None:
+    """One of another tenant's, when the bill is held against one tenant's books; and one that was forgotten."""
+    (name,) = [each.tenant for each in await money.state.admin.list_tenants(money.tenant)]
+    other = Money(money.state, (await money.state.create_key(f"other-{new_rid()[:8]}")).tenant_id)
+    theirs = line(await call(other), 60)
+    assert (await office([theirs], post_unknown=name)).difference == 0
+    assert (await money.held(), await other.held()) == ((0, 0, 0), (60, 0, 0))
+    ledger_ = money.state.ledger
+    ledger_._expiring = (*ledger_._expiring[:-1], 0)
+    await money.settle(new_rid(), cost=5)
+    await money.expire()
+    await money.raw("XTRIM", keys.journal(money.tenant), "MINID", (await money.journal())[-1].id)
+    with pytest.raises(Failed, match="may be forgotten ones"):
+        await office([line(new_rid(), 7)], post_unknown=name)
+    await money.raw("DEL", keys.journal(money.tenant))  # of the session's server: other tests post unknown calls
+    assert (await money.held())[0] == 5
 
 
 async def test_a_complete_bill_closes_what_it_does_not_mention(money: Money, office: Office) -> None:
