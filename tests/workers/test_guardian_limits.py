@@ -274,10 +274,10 @@ async def test_an_answer_that_may_be_larger_than_the_limit(rig, monkeypatch):
 
 
 async def test_a_prompt_larger_than_the_limit(rig):
-    """429 that says so, without a wait: no SDK should try again."""
+    """S1-M5a: a Retry-After as with every 429; no SDK should try again."""
     fast = await owner(rig, key_tpm=3)
     failed = await fast.failed()
-    assert (failed.error.status, failed.error.code, failed.error.retry_after_ms) == (429, "rate_limit_exceeded", 0)
+    assert (failed.error.status, failed.error.code, failed.error.retry_after_ms) == (429, "rate_limit_exceeded", 60_000)
     assert "Request too large for this key on tokens per min (TPM): Limit 3" in failed.error.message
     assert failed.head is not None
     assert failed.head[headers.SHOULD_RETRY] == "false"

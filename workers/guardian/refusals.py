@@ -12,6 +12,9 @@ _WHOSE: Final = {"t": "this tenant", "k": "this key", "u": "this user"}
 _PERIODS: Final = {"day": "daily budget", "month": "monthly budget", "lifetime": "budget"}
 _KINDS: Final = {"requests": "requests per min (RPM)", "tokens": "tokens per min (TPM)"}
 
+#: An empty bucket of a minute is full after.
+FULL_MS: Final = 60_000
+
 
 def _whose(level: str) -> str:
     return _WHOSE.get(level[:1], "this tenant")
@@ -36,14 +39,21 @@ def over_estimate(estimate: int, most: int) -> EstimateExceeded:
 
 
 def over_rate(answer: Reserved, tokens: int) -> RateLimited:
-    """429 in OpenAI's words, which clients read; without a Retry-After when the prompt is larger than the limit."""
+    """429 in OpenAI's words, which clients read.
+
+    A prompt larger than the limit gets the time in which a bucket fills, for clients that want a Retry-After with every
+    429 (S1-M5a); `x-should-retry: false` says that it never fits.
+    """
     counted = answer.counted
     bucket = counted and (counted.requests if answer.period == "requests" else counted.tokens)
     limit, left = (bucket.limit, bucket.left) if isinstance(bucket, Bucket) else (0, 0)
     need = 1 if answer.period == "requests" else tokens
     on = f"{_whose(answer.level)} on {_KINDS.get(answer.period, answer.period)}: Limit {limit}, "
     if answer.wait_ms < 0:
-        return RateLimited(f"Request too large for {on}Requested {need}. It can never fit: its prompt must be reduced.")
+        return RateLimited(
+            f"Request too large for {on}Requested {need}. It can never fit: its prompt must be reduced.",
+            retry_after_ms=FULL_MS,
+        )
     wait = max(answer.wait_ms, 1)
     return RateLimited(
         f"Rate limit reached for {on}Left {left}, Requested {need}. Please try again in {show_span(wait)}.",
