@@ -110,7 +110,7 @@ class Fleet:
             env |= fleet.role_nats_urls(self._secrets, self._nats)
             env = fleet.own_env(role, env, (), ())
         read, write = os.pipe()
-        env |= {"HOTPATH_READY_FD": str(write), "GATEWAY_PORT": str(self.ports[build])}
+        env |= {"HOTPATH_READY_FD": str(write), "GATEWAY_PORT": str(self.ports[build]), "ADMIN_PORT": "0"}
         log = self._directory / "logs" / f"{build}.{role}.{len(self.running)}.log"
         with log.open("wb") as out:
             process = subprocess.Popen(
