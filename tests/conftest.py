@@ -16,12 +16,22 @@ if TYPE_CHECKING:
 #: Rooms whose tests start fleets, load the machine or look at every process. (tests/telemetry: a lone surrogate in a
 #: captured line cannot pass from one pytest process to another.)
 ALONE = ("e2e", "load", "deploy", "interop", "telemetry")
+#: Of these rooms, the files that have seconds to spare for whatever they wait for.
+TOGETHER = frozenset(
+    f"test_{name}.py"
+    for name in (
+        "bus", "circuits", "cutoff", "invariants", "lease", "limit", "mixed_builds", "money", "money_matrix",
+        "nats_users", "path", "proxy", "soak",  # e2e
+        "commands", "honcho", "parts", "prices", "rebuild", "reconcile", "tenants",  # deploy
+    )
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What must run with the machine to itself; single files say so by `pytestmark = pytest.mark.alone`."""
     for item in items:
-        if item.path.relative_to(Path(__file__).parent).parts[0] in ALONE:
+        room = item.path.relative_to(Path(__file__).parent).parts[0]
+        if room in ALONE and item.path.name not in TOGETHER:
             item.add_marker(pytest.mark.alone)
 
 
