@@ -15,6 +15,7 @@ from typing import Any, Self
 import nats
 from msgspec import Struct
 
+from deploy.cli.backoff import SERVED_S
 from shared.wire import subjects
 from shared.wire.messages import decode_beat
 from tests.e2e.rig import Up
@@ -48,6 +49,7 @@ class Fleet:
         self.blows: list[Blow] = []
         self._instances: dict[int, str] = {}  # pid -> instance
         self._beats: dict[int, float] = {}  # pid -> when it was last heard
+        self._first: dict[int, float] = {}  # pid -> when it was first heard
 
     @asynccontextmanager
     async def watched(self) -> AsyncIterator[Self]:
@@ -67,6 +69,7 @@ class Fleet:
         beat = decode_beat(message.data)
         self._instances[beat.pid] = beat.instance
         self._beats[beat.pid] = time.monotonic()
+        self._first.setdefault(beat.pid, self._beats[beat.pid])
 
     def pids(self, role: str) -> list[int]:
         """The ready processes of a role."""
@@ -91,6 +94,12 @@ class Fleet:
             ):
                 return
             assert time.monotonic() < end, (f"the fleet is not whole after {within} s", pids)
+            await asyncio.sleep(0.02)
+
+    async def served(self, role: str) -> None:
+        """Until every process of the role has been ready for as long as its supervisor calls it one that had served:
+        those that die before have to wait, each time longer (deploy/cli/backoff.py)."""
+        while any(time.monotonic() - self._first.get(pid, 0.0) < SERVED_S + 0.1 for pid in self.pids(role)):
             await asyncio.sleep(0.02)
 
     def kill(self, role: str, number: int = 0) -> Blow:

@@ -123,6 +123,7 @@ class Points:
         """Arm, ask, and look at what the clients saw."""
         # where the first calls are refused all of them must come at once, so that no refusal is left for a second one
         await self._fleet.whole(*(() if visit.point in SECOND_CALL else (visit.role,)))
+        await self._fleet.served(visit.role)
         before = set(self._fleet.pids(visit.role))
         if visit.point in SECOND_CALL:
             self._sim.fault(status=503, times=HANDFUL)

@@ -93,7 +93,7 @@ async def test_an_ingress_with_its_own_socket_leaves(up: Up, tmp_path: Path) -> 
                 process.wait(10)
     print(f"{len(seen)} requests")
     assert [one for one in seen if not one.ended_well] == []
-    assert len(seen) > 50
+    assert len(seen) > 30, "too few to say anything"
 
 
 async def _by_new_connections(url: str, key: str, two: "list[subprocess.Popen[bytes]]") -> list[Seen]:
